@@ -1,0 +1,112 @@
+"""What a ModernBERT is made of: transformers' configuration, checked, with the sizes people use as presets.
+
+Old and new spellings of `config.json` (`global_attn_every_n_layers` or `layer_types`, `global_rope_theta` or
+`rope_parameters`) are read by transformers; this file adds what it leaves unchecked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import transformers
+from huggingface_hub.dataclasses import strict
+
+from modernbert.errors import InputError
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+# Ettin's small models (Weller et al. 2025, table 1) use theta 160,000 in the local layers too.
+_ETTIN_ROPE = {layer_type: {"rope_type": "default", "rope_theta": 160_000.0} for layer_type in get_args(LayerType)}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "large": dict(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, intermediate_size=2624),
+    "base": dict(num_hidden_layers=22, hidden_size=768, num_attention_heads=12, intermediate_size=1152),
+    "68m": dict(
+        num_hidden_layers=19, hidden_size=512, num_attention_heads=8, intermediate_size=768, rope_parameters=_ETTIN_ROPE
+    ),
+    "32m": dict(
+        num_hidden_layers=10, hidden_size=384, num_attention_heads=6, intermediate_size=576, rope_parameters=_ETTIN_ROPE
+    ),
+    "17m": dict(
+        num_hidden_layers=7, hidden_size=256, num_attention_heads=4, intermediate_size=384, rope_parameters=_ETTIN_ROPE
+    ),
+    "tiny": dict(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=192),
+}
+
+
+@strict
+class ModernBertConfig(transformers.ModernBertConfig):  # type: ignore[misc]
+    """transformers' `ModernBertConfig`, refusing what the model, its exports and its tests do not cover.
+
+    Raises:
+        InputError: a field has a value outside what is supported.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise InputError(
+                f"hidden_size {self.hidden_size} does not split into num_attention_heads {self.num_attention_heads} "
+                "heads of even size, which rotary embedding needs; change one of them"
+            )
+        if self.local_attention < 2:
+            raise InputError(f"local_attention must be at least 2 tokens, not {self.local_attention}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}; "
+                "they must agree"
+            )
+        for layer_type in self.layer_types:
+            if layer_type not in get_args(LayerType):
+                raise InputError(f"layer_types must be {' or '.join(get_args(LayerType))}, not {layer_type!r}")
+            rope_type = self.rope_parameters[layer_type]["rope_type"]
+            if rope_type != "default":
+                raise InputError(f"rope_type must be 'default' for {layer_type}, not {rope_type!r}: it is not supported")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return int(self.hidden_size // self.num_attention_heads)
+
+    @property
+    def window_radius(self) -> int:
+        """How far a token of a sliding-window layer sees to either side, itself not counted: |q - k| <= radius."""
+        return int(self.local_attention // 2)
+
+    def rope_theta(self, layer_type: LayerType) -> float:
+        """Base of the rotary frequencies in layers of this type."""
+        return float(self.rope_parameters[layer_type]["rope_theta"])
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModernBertConfig:
+        """One of the sizes in `PRESETS`, with any field overridden.
+
+        Raises:
+            InputError: there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+def load_config(model: str | os.PathLike[str]) -> ModernBertConfig:
+    """Reads the configuration of a local directory or hub id.
+
+    Raises:
+        InputError: there is none, or it is not a ModernBERT's.
+    """
+    try:
+        values, _ = ModernBertConfig.get_config_dict(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {str(model)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
+    if values.get("model_type") != "modernbert":
+        raise InputError(f"model {str(model)!r} is of model_type {values.get('model_type')!r}; it must be 'modernbert'")
+    try:
+        return ModernBertConfig.from_dict(values)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json of model {str(model)!r} is not supported: {reason}") from error

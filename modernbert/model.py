@@ -1,0 +1,353 @@
+"""The model, top-down: heads, encoder, layer, attention, MLP. Loads and writes transformers' ModernBERT checkpoints.
+
+    Warner et al. 2024, "Smarter, Better, Faster, Longer" (arXiv:2412.13663): pre-norm encoder, rotary embedding, GLU
+    (GeGLU) MLP, one global layer in three, the others with a sliding window.
+
+State-dict names are transformers' own, so a checkpoint of either opens in the other. Two things differ on purpose:
+padding is removed once at the edge (`modernbert.packing`) and its outputs are zeros, and the attention backend is an
+explicit choice (`modernbert.attention`).
+
+Shapes: B sequences, S padded length, T packed tokens, D hidden size, H heads, K size of a head, I MLP size,
+V vocabulary, M tokens with a label.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from modernbert.attention import BACKENDS, rotary_tables, rotate
+from modernbert.config import LayerType, ModernBertConfig, load_config
+from modernbert.errors import InputError
+from modernbert.packing import Packing
+
+logger = logging.getLogger(__name__)
+
+# Attention over q, k, v that are not rotated yet, for a layer of the given type. What surrounds it (packing, tables,
+# backend) is the caller's, so that the exporter runs these very layers with operators of its own.
+Attend = Callable[[Tensor, Tensor, Tensor, LayerType], Tensor]
+AttentionName = Literal["eager", "sdpa", "banded"]
+
+
+class ModernBertPreTrainedModel(transformers.PreTrainedModel):  # type: ignore[misc]
+    """What all models here share: configuration, initialisation, choice of the attention backend."""
+
+    config_class = ModernBertConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ModernBertEmbeddings", "ModernBertLayer"]  # noqa: RUF012  transformers' own name and type
+    # transformers' dispatcher stays out of it: ours is `set_attention`.
+    _supports_sdpa = True
+
+    attention: AttentionName = "banded"
+
+    def set_attention(self, name: AttentionName) -> None:
+        """Selects the attention backend for this model and the encoder inside it.
+
+        Raises:
+            InputError: there is no backend of that name.
+        """
+        if name not in BACKENDS:
+            raise InputError(f"attention must be one of {', '.join(BACKENDS)}, not {name!r}")
+        logger.info("attention backend: %s", name)
+        for module in self.modules():
+            if isinstance(module, ModernBertPreTrainedModel):
+                module.attention = name
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        narrow = config.initializer_range / math.sqrt(2.0 * config.num_hidden_layers)
+        match module:
+            case ModernBertEmbeddings():
+                _truncated_normal(module.tok_embeddings, config.initializer_range, config)
+            case ModernBertAttention():
+                _truncated_normal(module.Wqkv, config.initializer_range, config)
+                _truncated_normal(module.Wo, narrow, config)
+            case ModernBertMLP():
+                _truncated_normal(module.Wi, config.initializer_range, config)
+                _truncated_normal(module.Wo, narrow, config)
+            case ModernBertPredictionHead():
+                _truncated_normal(module.dense, narrow, config)
+            case ModernBertForMaskedLM():
+                _truncated_normal(module.decoder, narrow, config)
+            case nn.LayerNorm():
+                transformers.initialization.ones_(module.weight)
+                if module.bias is not None:
+                    transformers.initialization.zeros_(module.bias)
+
+
+def _truncated_normal(module: nn.Linear | nn.Embedding, std: float, config: ModernBertConfig) -> None:
+    cut = (config.initializer_cutoff_factor or 3.0) * std
+    transformers.initialization.trunc_normal_(module.weight, mean=0.0, std=std, a=-cut, b=cut)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        transformers.initialization.zeros_(module.bias)
+
+
+class ModernBertForMaskedLM(ModernBertPreTrainedModel):
+    """Encoder with the masked-language-model head; the decoder shares the embeddings' weights."""
+
+    _tied_weights_keys = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}  # noqa: RUF012
+    # Tells Trainer that the loss is divided by `num_items_in_batch`, so accumulated steps weigh every token alike.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__(config)
+        self.model = ModernBertModel(config)
+        self.head = ModernBertPredictionHead(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The layer whose weights are tied to the input embeddings."""
+        return self.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces that layer, as when the vocabulary is resized."""
+        self.decoder = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> MaskedLMOutput | tuple[Any, ...]:
+        """Predicts masked tokens; inputs as `ModernBertModel.forward` takes them.
+
+        Args:
+            labels: token ids in the shape of `input_ids`, -100 where there is nothing to predict.
+            num_items_in_batch: divisor of the summed loss; the number of labels when absent.
+
+        Returns:
+            `logits` [B, S, V] (or [T, V] packed). With labels: `loss`, and `logits` [M, V] for the M tokens that have
+            one, in order; the others' are never computed.
+        """
+        encoded = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        loss, hidden = None, encoded.last_hidden_state
+        if labels is not None:
+            labelled = labels != -100
+            hidden = hidden[labelled]
+        logits = self.decoder(self.head(hidden))
+        if labels is not None:
+            divisor = num_items_in_batch if num_items_in_batch is not None else max(len(logits), 1)
+            loss = F.cross_entropy(logits.float(), labels[labelled], reduction="sum") / divisor
+        output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        return output if return_dict else output.to_tuple()
+
+
+class ModernBertModel(ModernBertPreTrainedModel):
+    """The encoder: token ids in, one vector per token out."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ModernBertEmbeddings(config)
+        self.layers = nn.ModuleList(ModernBertLayer(config, index) for index in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embeddings."""
+        return self.embeddings.tok_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces them, as when the vocabulary is resized."""
+        self.embeddings.tok_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Encodes padded or packed tokens.
+
+        Args:
+            input_ids: int64 [B, S]; or [T] together with `cu_seqlens`.
+            attention_mask: [B, S], not 0 on tokens, 0 on padding; all tokens when absent.
+            inputs_embeds: [B, S, D] or [T, D] in place of `input_ids`.
+            cu_seqlens: [B + 1] offsets of packed sequences, from 0 to T.
+            output_hidden_states: also return the input of every layer and the last layer's output.
+
+        Returns:
+            `last_hidden_state` [B, S, D], zeros on padding, or [T, D]; `hidden_states` likewise, `num_layers` + 1 of
+            them, the last after the final norm.
+
+        Raises:
+            InputError: not exactly one of ids and embeddings, or a mask together with `cu_seqlens`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("give exactly one of input_ids and inputs_embeds")
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        assert inputs is not None
+        if cu_seqlens is None:
+            mask = inputs.new_ones(inputs.shape[:2]) if attention_mask is None else attention_mask
+            packing = Packing.from_mask(mask)
+            inputs = packing.pack(inputs)
+        elif attention_mask is None:
+            packing = Packing.from_cu_seqlens(cu_seqlens)
+        else:
+            raise InputError("cu_seqlens says where packed sequences end; leave attention_mask out")
+
+        x_TD = self.embeddings(inputs)
+        x_TD, hidden = self.encode(x_TD, self._attend_packed(packing, x_TD.dtype), output_hidden_states)
+        output = BaseModelOutput(
+            last_hidden_state=packing.unpack(x_TD),
+            hidden_states=tuple(map(packing.unpack, hidden)) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def encode(self, x: Tensor, attend: Attend, keep_hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Runs all layers and the final norm on embedded tokens [..., D].
+
+        Returns:
+            The result [..., D] and, if they are to be kept, the hidden states: the input of every layer, then the
+            result.
+        """
+        hidden = []
+        for layer in self.layers:
+            if keep_hidden:
+                hidden.append(x)
+            x = layer(x, attend)
+        x = self.final_norm(x)
+        return x, [*hidden, x] if keep_hidden else []
+
+    def _attend_packed(self, packing: Packing, dtype: torch.dtype) -> Attend:
+        config, backend = self.config, BACKENDS[self.attention]
+        precision = torch.promote_types(dtype, torch.float32)
+        tables = {
+            layer_type: rotary_tables(packing.position_T, config.rope_theta(layer_type), config.head_dim, precision)
+            for layer_type in set(config.layer_types)
+        }
+        dropout = config.attention_dropout if self.training else 0.0
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+            radius = config.window_radius if layer_type == "sliding_attention" else None
+            return backend(rotate(q, *tables[layer_type]), rotate(k, *tables[layer_type]), v, packing, radius, dropout)
+
+        return attend
+
+
+class ModernBertPredictionHead(nn.Module):
+    """Dense, activation, norm: what stands between the encoder and a decoder or classifier."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
+        self.act = ACT2FN[config.classifier_activation]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.norm(self.act(self.dense(x)))  # type: ignore[no-any-return]
+
+
+class ModernBertEmbeddings(nn.Module):
+    """Token embeddings and their norm. Position enters in the attention only."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.drop = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Token ids [...] or their embeddings [..., D] -> [..., D]."""
+        x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
+        return self.drop(self.norm(x))  # type: ignore[no-any-return]
+
+
+class ModernBertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Attention and MLP, each normed before and added to the residual stream. Layer 0 follows a norm already."""
+
+    def __init__(self, config: ModernBertConfig, index: int) -> None:
+        super().__init__()
+        norm = dict(normalized_shape=config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.attn_norm = nn.LayerNorm(**norm) if index else nn.Identity()
+        self.attn = ModernBertAttention(config, config.layer_types[index])
+        self.mlp_norm = nn.LayerNorm(**norm)
+        self.mlp = ModernBertMLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x = x + self.attn(self.attn_norm(x), attend)
+        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+
+
+class ModernBertAttention(nn.Module):
+    """Projections around the attention function that the caller passes in."""
+
+    def __init__(self, config: ModernBertConfig, layer_type: LayerType) -> None:
+        super().__init__()
+        self.layer_type = layer_type
+        self.heads_shape = (3, config.num_attention_heads, config.head_dim)
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.out_drop = nn.Dropout(config.attention_dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """[..., D] -> [..., D]."""
+        q, k, v = self.Wqkv(x).unflatten(-1, self.heads_shape).unbind(-3)
+        y = attend(q, k, v, self.layer_type)
+        return self.out_drop(self.Wo(y.flatten(-2)))  # type: ignore[no-any-return]
+
+
+class ModernBertMLP(nn.Module):
+    """Gated linear unit: Wo(act(input) * gate), both from one matrix."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.act = ACT2FN[config.hidden_activation]
+        self.drop = nn.Dropout(config.mlp_dropout)
+        self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        value, gate = self.Wi(x).chunk(2, dim=-1)
+        return self.Wo(self.drop(self.act(value) * gate))  # type: ignore[no-any-return]
+
+
+def load_model(model: str | os.PathLike[str]) -> ModernBertModel:
+    """Loads the encoder of a local directory or hub id in fp32, in eval mode, from whatever head it was saved with.
+
+    Raises:
+        InputError: it is not a ModernBERT, its weights are missing, unreadable, or do not fit its configuration.
+    """
+    config = load_config(model)
+    try:
+        encoder, report = ModernBertModel.from_pretrained(
+            model, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"model {str(model)!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"model {str(model)!r} lacks {len(missing)} weights: {', '.join(missing)}")
+    return encoder.eval()  # type: ignore[no-any-return]
