@@ -48,9 +48,9 @@ def eager(
     visible_TT = packing.sequence_T[:, None] == packing.sequence_T
     if radius is not None:
         visible_TT &= (packing.position_T[:, None] - packing.position_T).abs() <= radius
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THK, k_THK) * q_THK.shape[-1] ** -0.5
-    weights_HTT = scores_HTT.masked_fill(~visible_TT, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", F.dropout(weights_HTT, dropout), v_THK)
+    scores_HTT = torch.einsum("qhd,khd->hqk", q_THK * q_THK.shape[-1] ** -0.5, k_THK)
+    weights_HTT = scores_HTT.masked_fill_(~visible_TT, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", F.dropout(weights_HTT, dropout) if dropout else weights_HTT, v_THK)
 
 
 def sdpa(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:

@@ -306,14 +306,14 @@ class ModernBertAttention(nn.Module):
     def __init__(self, config: ModernBertConfig, layer_type: LayerType) -> None:
         super().__init__()
         self.layer_type = layer_type
-        self.heads_shape = (3, config.num_attention_heads, config.head_dim)
+        self.heads_shape = (config.num_attention_heads, config.head_dim)
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.out_drop = nn.Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[..., D] -> [..., D]."""
-        q, k, v = self.Wqkv(x).unflatten(-1, self.heads_shape).unbind(-3)
+        q, k, v = (part.unflatten(-1, self.heads_shape) for part in self.Wqkv(x).chunk(3, dim=-1))
         y = attend(q, k, v, self.layer_type)
         return self.out_drop(self.Wo(y.flatten(-2)))  # type: ignore[no-any-return]
 

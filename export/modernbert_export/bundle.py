@@ -1,0 +1,128 @@
+"""The files of a bundle beside the graph, and how a directory comes to be whole or not at all.
+
+Other tools find what they look for: a transformers checkpoint with its tokenizer, and the files by which
+sentence-transformers knows how to pool. `manifest.json` (see `modernbert_runtime.manifest`) is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from modernbert.config import ModernBertConfig
+from modernbert.errors import InputError
+from modernbert.model import ModernBertModel
+from modernbert_export.source import Source
+from modernbert_runtime.manifest import sha256_file
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, *, room: int) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its name when the block ends well, and is removed otherwise.
+
+    Args:
+        out: the directory to make; parents are made too.
+        room: bytes that the disk must have free.
+
+    Raises:
+        InputError: `out` exists, cannot be written, or the disk is too full.
+    """
+    out = out.absolute()
+    if out.exists() or out.is_symlink():
+        raise InputError(f"out {str(out)!r} exists; remove it or choose another directory")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"out {str(out)!r} cannot be written: {error.strerror}") from error
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < room:
+            raise InputError(
+                f"out {str(out)!r} needs about {room >> 20} MiB of disk, {free >> 20} MiB are free; choose another disk"
+            )
+        yield partial
+        _share(partial)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model_files(source: Source, model: ModernBertModel, directory: Path) -> None:
+    """Writes what transformers, sentence-transformers and fastembed read beside the ONNX file."""
+    model.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text())
+    _write_json(directory / "config.json", {**config, **_older_spellings(model.config)})
+    shutil.copyfile(source.path / "tokenizer.json", directory / "tokenizer.json")
+    _write_json(directory / "special_tokens_map.json", dict(source.special_tokens))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            **source.special_tokens,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": source.max_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if source.normalize else [])]
+    _write_json(
+        directory / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    for path, _ in modules[1:]:
+        (directory / path).mkdir()
+    _write_json(
+        directory / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": model.config.hidden_size,
+            "pooling_mode_cls_token": source.pooling == "cls",
+            "pooling_mode_mean_tokens": source.pooling == "mean",
+        },
+    )
+    _write_json(
+        directory / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False}
+    )
+    _write_json(
+        directory / "config_sentence_transformers.json",
+        {"prompts": dict(source.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """Relative POSIX path -> sha256 of every file in a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
+
+
+def _share(directory: Path) -> None:
+    """mkdtemp and safetensors write for the owner alone; a bundle gets what the user's umask gives."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _older_spellings(config: ModernBertConfig) -> dict[str, Any]:
+    """What transformers before version 5 calls the layer pattern and the thetas, where it can express them."""
+    older = {
+        "global_rope_theta": config.rope_theta("full_attention"),
+        "local_rope_theta": config.rope_theta("sliding_attention"),
+    }
+    is_global = [layer_type == "full_attention" for layer_type in config.layer_types]
+    period = is_global.index(True, 1) if True in is_global[1:] else len(is_global)
+    if is_global == [index % period == 0 for index in range(len(is_global))]:
+        older["global_attn_every_n_layers"] = period
+    return older
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""What a graph operator is: one name, one torch reference, one ONNX body per target.
+
+The name stands in the ONNX domain `modernbert` and is never that of a built-in operator, because some parsers ignore
+the domain when they look a name up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx
+import onnxscript
+import torch
+
+Target = Literal["portable"]
+OPSET = onnxscript.values.Opset("modernbert", 1)
+
+# Added to the score of a key that must not be seen. Finite, so that a row without any visible key gives no NaN.
+HIDDEN_KEY = -1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOp:
+    """An operator of the traced graph.
+
+    `torch_op` is what the trace calls and what computes the reference; `inputs` and `attributes` name what the ONNX
+    node takes, in the order of the torch arguments; `bodies` defines the node for each target.
+    """
+
+    name: str
+    torch_op: torch._library.custom_ops.CustomOpDef
+    inputs: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+    bodies: Mapping[Target, onnxscript.OnnxFunction]
+
+    def register_schema(self) -> None:
+        """Makes the node known to onnx, so that the tracer may emit it before it has a body. Safe to repeat."""
+        if onnx.defs.has(self.name, OPSET.domain):
+            return
+        formal, kinds = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType
+        floats = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")]
+        onnx.defs.register_schema(
+            onnx.defs.OpSchema(
+                self.name,
+                OPSET.domain,
+                OPSET.version,
+                inputs=[formal(name, "T") for name in self.inputs],
+                outputs=[formal("y", "T")],
+                type_constraints=floats,
+                attributes=[
+                    onnx.defs.OpSchema.Attribute(name, kinds.FLOAT if name == "scale" else kinds.INT)
+                    for name in self.attributes
+                ],
+            )
+        )

@@ -1,0 +1,157 @@
+"""The checkpoint to export: what is in a Hugging Face directory, read once and checked before any work.
+
+A sentence-transformers directory says how to pool, normalise and prompt; a plain one gets mean pooling and unit
+length. Weights are read from safetensors only: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from tokenizers import Tokenizer
+
+from modernbert.config import ModernBertConfig, load_config
+from modernbert.errors import InputError
+from modernbert_runtime.manifest import POOLINGS
+
+SPECIAL_TOKENS = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint directory and what its files say.
+
+    `special_tokens` maps names such as "pad_token" to token texts; `max_length` counts special tokens.
+    """
+
+    name: str
+    path: Path
+    config: ModernBertConfig
+    pooling: str
+    normalize: bool
+    prompts: Mapping[str, str]
+    max_length: int
+    special_tokens: Mapping[str, str]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order of name."""
+        return sorted(self.path.glob("model*.safetensors"))
+
+    def sha256(self) -> str:
+        """One hash over configuration, tokenizer and weights."""
+        digest = hashlib.sha256()
+        for path in (self.path / "config.json", self.path / "tokenizer.json", *self.weight_files):
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+def open_source(model: str, *, pooling: str | None = None, max_length: int | None = None) -> Source:
+    """Opens a local directory, or downloads a hub id.
+
+    Args:
+        model: directory or hub id.
+        pooling: "mean" or "cls" in place of what the checkpoint says.
+        max_length: tokens per text in place of what the checkpoint says; it cannot exceed its positions.
+
+    Raises:
+        InputError: a file is missing or contradicts another.
+    """
+    path = _locate(model)
+    config = load_config(path)
+    name = str(model) if not Path(model).is_dir() else path.name
+    if not list(path.glob("model*.safetensors")):
+        raise InputError(
+            f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
+        )
+    modules = [str(module.get("type", "")).rpartition(".")[2] for module in _json(path / "modules.json", [])]
+    return Source(
+        name=name,
+        path=path,
+        config=config,
+        pooling=_pooling(path, modules, pooling),
+        normalize="Normalize" in modules if modules else True,
+        prompts=_json(path / "config_sentence_transformers.json", {}).get("prompts") or {},
+        max_length=_max_length(path, config, max_length),
+        special_tokens=_special_tokens(path, config),
+    )
+
+
+def _locate(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise InputError(f"model {model!r} is not a directory; give a checkpoint directory or a hub id (owner/name)")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "1_Pooling/*"])
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"model {model!r} is no directory here and could not be had from the hub: {reason}") from error
+
+
+def _json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def _pooling(path: Path, modules: list[str], override: str | None) -> str:
+    if override is None:
+        found = _json(path / "1_Pooling" / "config.json", {}) if "Pooling" in modules else {}
+        modes = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): value
+                 for key, value in found.items() if key.startswith("pooling_mode_")}
+        chosen = [mode for mode, on in modes.items() if on is True]
+        if isinstance(found.get("pooling_mode"), str):
+            chosen = [found["pooling_mode"]]
+        override = "+".join(chosen) or "mean"
+    if override not in POOLINGS:
+        raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {override!r}")
+    return override
+
+
+def _max_length(path: Path, config: ModernBertConfig, override: int | None) -> int:
+    limit = int(config.max_position_embeddings)
+    wanted = override or _json(path / "sentence_bert_config.json", {}).get("max_seq_length") or limit
+    if override is not None and not 3 <= override <= limit:
+        raise InputError(f"max_length must be 3 to {limit} (max_position_embeddings of the model), not {override}")
+    return min(int(wanted), limit)
+
+
+def _special_tokens(path: Path, config: ModernBertConfig) -> dict[str, str]:
+    """Token texts by name: from the tokenizer's own files, else from the ids in the model's configuration."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"model {path.name!r} has no tokenizer.json; save a fast tokenizer beside it")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception on a bad file
+        raise InputError(f"{file} is no readable tokenizer: {error}") from error
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > config.vocab_size:
+        raise InputError(
+            f"tokenizer.json has {size} tokens, the model's vocab_size is {config.vocab_size}: they do not belong together"
+        )
+    stated = {**_json(path / "special_tokens_map.json", {}), **_json(path / "tokenizer_config.json", {})}
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        value = stated.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if text is None:
+            token_id = getattr(config, name.replace("_token", "_token_id"), None)
+            text = tokenizer.id_to_token(token_id) if isinstance(token_id, int) else None
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens

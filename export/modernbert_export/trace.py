@@ -1,0 +1,119 @@
+"""One trace of the model into ONNX, with rotary embedding and attention as named operators.
+
+The result is an `onnx_ir.Model` whose nodes of the domain `modernbert` have no body yet: `lower` gives them one per
+target. Inputs `input_ids` and `attention_mask`, int64 [batch, sequence]; outputs `last_hidden_state` [batch,
+sequence, dim] and `sentence_embedding` [batch, dim].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernbert.attention import rotary_tables
+from modernbert.config import LayerType
+from modernbert.model import ModernBertModel
+from modernbert_export.ops import OPS
+from modernbert_export.ops.global_attention import global_attention
+from modernbert_export.ops.local_attention import local_attention
+from modernbert_export.ops.op import HIDDEN_KEY, OPSET
+from modernbert_export.ops.rotary import rotary
+
+OPSET_VERSION = 20
+INPUTS = ("input_ids", "attention_mask")
+OUTPUTS = ("last_hidden_state", "sentence_embedding")
+# A length or batch of 1 in the example would freeze that axis.
+EXAMPLE_SHAPE = (2, 200)
+
+
+class TracedEmbedder(nn.Module):
+    """The padded form of the encoder that is traced, with pooling and normalisation as the bundle states them."""
+
+    def __init__(self, model: ModernBertModel, *, pooling: str, normalize: bool) -> None:
+        super().__init__()
+        self.model, self.pooling, self.normalize = model, pooling, normalize
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """[B, S] ids and mask -> the two outputs, then the hidden states (the input of every layer)."""
+        config = self.model.config
+        x_BSD = self.model.embeddings(input_ids)
+        key_bias_BS = (1 - attention_mask.to(x_BSD.dtype)) * HIDDEN_KEY
+        position_S = torch.arange(input_ids.shape[1])
+        tables = {
+            layer_type: rotary_tables(position_S, config.rope_theta(layer_type), config.head_dim, torch.float32)
+            for layer_type in sorted(set(config.layer_types))
+        }
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+            q, k = (rotary(x, *tables[layer_type]) for x in (q, k))
+            if layer_type == "full_attention":
+                return global_attention(q, k, v, key_bias_BS)
+            return local_attention(q, k, v, key_bias_BS, config.window_radius)
+
+        x_BSD, hidden = self.model.encode(x_BSD, attend, keep_hidden=True)
+        return x_BSD, self._pool(x_BSD, attention_mask), *hidden[:-1]
+
+    def _pool(self, x_BSD: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.pooling == "cls":
+            y_BD = x_BSD[:, 0]
+        else:
+            mask_BS1 = attention_mask.to(x_BSD.dtype)[:, :, None]
+            y_BD = (x_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
+        return F.normalize(y_BD, dim=-1, eps=1e-12) if self.normalize else y_BD
+
+
+def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
+    """Traces the model. Its weights stay in memory, shared with `model`.
+
+    The value between two layers is named `layers.N.input`; `verify` reads them to find the first layer that differs.
+    """
+    for op in OPS:
+        op.register_schema()
+    hidden = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
+    # Two tensors: one given twice would be traced as one input.
+    example = tuple(torch.ones(EXAMPLE_SHAPE, dtype=torch.int64) for _ in INPUTS)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    # torch.onnx prints its progress and warns of packages that it could use.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            TracedEmbedder(model, pooling=pooling, normalize=normalize).eval(),
+            example,
+            input_names=INPUTS,
+            output_names=[*OUTPUTS, *hidden],
+            opset_version=OPSET_VERSION,
+            dynamo=True,
+            dynamic_shapes=(axes, axes),
+            custom_translation_table={
+                torch.ops.modernbert.rotary.default: _rotary_node,
+                torch.ops.modernbert.global_attention.default: _global_attention_node,
+                torch.ops.modernbert.local_attention.default: _local_attention_node,
+            },
+        )
+    assert program is not None
+    graph = program.model.graph
+    del graph.outputs[len(OUTPUTS) :]
+    return program.model
+
+
+def _rotary_node(x, cos, sin):
+    return OPSET.ModernBertRotary(x, cos, sin)
+
+
+def _global_attention_node(q, k, v, key_bias):
+    return OPSET.ModernBertGlobalAttention(q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5)
+
+
+def _local_attention_node(q, k, v, key_bias, radius):
+    return OPSET.ModernBertLocalAttention(
+        q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5, radius=radius
+    )
