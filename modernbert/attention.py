@@ -41,9 +41,7 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x_THK.dtype)
 
 
-def eager(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float
-) -> Tensor:
+def eager(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:
     """Softmax over all visible keys, one matrix for everything. Memory: H * T * T."""
     visible_TT = packing.sequence_T[:, None] == packing.sequence_T
     if radius is not None:

@@ -115,7 +115,15 @@ def main() -> None:
     except (InputError, ModernBertRuntimeError) as error:
         _fail(str(error), 2)
     except ImportError as error:
-        if error.name in ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "datasets", "sentence_transformers"):
+        if error.name in (
+            "torch",
+            "transformers",
+            "onnx",
+            "onnxscript",
+            "onnx_ir",
+            "datasets",
+            "sentence_transformers",
+        ):
             _fail(f"this command needs {error.name}: pip install 'modernbert-deploy[export,train]'", 2)
         raise
     except Exception as error:

@@ -37,7 +37,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 @strict
-class ModernBertConfig(transformers.ModernBertConfig):  # type: ignore[misc]
+class ModernBertConfig(transformers.ModernBertConfig):
     """transformers' `ModernBertConfig`, refusing what the model, its exports and its tests do not cover.
 
     Raises:
@@ -63,7 +63,9 @@ class ModernBertConfig(transformers.ModernBertConfig):  # type: ignore[misc]
                 raise InputError(f"layer_types must be {' or '.join(get_args(LayerType))}, not {layer_type!r}")
             rope_type = self.rope_parameters[layer_type]["rope_type"]
             if rope_type != "default":
-                raise InputError(f"rope_type must be 'default' for {layer_type}, not {rope_type!r}: it is not supported")
+                raise InputError(
+                    f"rope_type must be 'default' for {layer_type}, not {rope_type!r}: it is not supported"
+                )
 
     @property
     def head_dim(self) -> int:

@@ -40,7 +40,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, LayerType], Tensor]
 AttentionName = Literal["eager", "sdpa", "banded"]
 
 
-class ModernBertPreTrainedModel(transformers.PreTrainedModel):  # type: ignore[misc]
+class ModernBertPreTrainedModel(transformers.PreTrainedModel):
     """What all models here share: configuration, initialisation, choice of the attention backend."""
 
     config_class = ModernBertConfig
@@ -265,7 +265,7 @@ class ModernBertPredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.norm(self.act(self.dense(x)))  # type: ignore[no-any-return]
+        return self.norm(self.act(self.dense(x)))
 
 
 class ModernBertEmbeddings(nn.Module):
@@ -280,10 +280,10 @@ class ModernBertEmbeddings(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Token ids [...] or their embeddings [..., D] -> [..., D]."""
         x = inputs if inputs.is_floating_point() else self.tok_embeddings(inputs)
-        return self.drop(self.norm(x))  # type: ignore[no-any-return]
+        return self.drop(self.norm(x))
 
 
-class ModernBertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class ModernBertLayer(GradientCheckpointingLayer):
     """Attention and MLP, each normed before and added to the residual stream. Layer 0 follows a norm already."""
 
     def __init__(self, config: ModernBertConfig, index: int) -> None:
@@ -297,7 +297,7 @@ class ModernBertLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[..., D] -> [..., D]."""
         x = x + self.attn(self.attn_norm(x), attend)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class ModernBertAttention(nn.Module):
@@ -315,7 +315,7 @@ class ModernBertAttention(nn.Module):
         """[..., D] -> [..., D]."""
         q, k, v = (part.unflatten(-1, self.heads_shape) for part in self.Wqkv(x).chunk(3, dim=-1))
         y = attend(q, k, v, self.layer_type)
-        return self.out_drop(self.Wo(y.flatten(-2)))  # type: ignore[no-any-return]
+        return self.out_drop(self.Wo(y.flatten(-2)))
 
 
 class ModernBertMLP(nn.Module):
@@ -331,7 +331,7 @@ class ModernBertMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         value, gate = self.Wi(x).chunk(2, dim=-1)
-        return self.Wo(self.drop(self.act(value) * gate))  # type: ignore[no-any-return]
+        return self.Wo(self.drop(self.act(value) * gate))
 
 
 def load_model(model: str | os.PathLike[str]) -> ModernBertModel:
@@ -350,4 +350,4 @@ def load_model(model: str | os.PathLike[str]) -> ModernBertModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"model {str(model)!r} lacks {len(missing)} weights: {', '.join(missing)}")
-    return encoder.eval()  # type: ignore[no-any-return]
+    return encoder.eval()

@@ -70,7 +70,11 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if source.normalize else [])]
+    modules = [
+        ("", "Transformer"),
+        ("1_Pooling", "Pooling"),
+        *([("2_Normalize", "Normalize")] if source.normalize else []),
+    ]
     _write_json(
         directory / "modules.json",
         [
@@ -88,9 +92,7 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
             "pooling_mode_mean_tokens": source.pooling == "mean",
         },
     )
-    _write_json(
-        directory / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False}
-    )
+    _write_json(directory / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})
     _write_json(
         directory / "config_sentence_transformers.json",
         {"prompts": dict(source.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},

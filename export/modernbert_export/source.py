@@ -91,9 +91,7 @@ def _locate(model: str) -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise InputError(f"model {model!r} is not a directory; give a checkpoint directory or a hub id (owner/name)")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "1_Pooling/*"])
-        )
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "1_Pooling/*"]))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model {model!r} is no directory here and could not be had from the hub: {reason}") from error
@@ -111,8 +109,11 @@ def _json(path: Path, default: Any) -> Any:
 def _pooling(path: Path, modules: list[str], override: str | None) -> str:
     if override is None:
         found = _json(path / "1_Pooling" / "config.json", {}) if "Pooling" in modules else {}
-        modes = {key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): value
-                 for key, value in found.items() if key.startswith("pooling_mode_")}
+        modes = {
+            key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): value
+            for key, value in found.items()
+            if key.startswith("pooling_mode_")
+        }
         chosen = [mode for mode, on in modes.items() if on is True]
         if isinstance(found.get("pooling_mode"), str):
             chosen = [found["pooling_mode"]]
@@ -142,7 +143,8 @@ def _special_tokens(path: Path, config: ModernBertConfig) -> dict[str, str]:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > config.vocab_size:
         raise InputError(
-            f"tokenizer.json has {size} tokens, the model's vocab_size is {config.vocab_size}: they do not belong together"
+            f"tokenizer.json has {size} tokens, more than the model's vocab_size {config.vocab_size}; "
+            "bring the tokenizer that the model was trained with"
         )
     stated = {**_json(path / "special_tokens_map.json", {}), **_json(path / "tokenizer_config.json", {})}
     tokens = {}

@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
@@ -24,7 +23,7 @@ from modernbert.model import ModernBertModel
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import global_attention
 from modernbert_export.ops.local_attention import local_attention
-from modernbert_export.ops.op import HIDDEN_KEY, OPSET
+from modernbert_export.ops.op import HIDDEN_KEY
 from modernbert_export.ops.rotary import rotary
 
 OPSET_VERSION = 20
@@ -93,27 +92,9 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
             opset_version=OPSET_VERSION,
             dynamo=True,
             dynamic_shapes=(axes, axes),
-            custom_translation_table={
-                torch.ops.modernbert.rotary.default: _rotary_node,
-                torch.ops.modernbert.global_attention.default: _global_attention_node,
-                torch.ops.modernbert.local_attention.default: _local_attention_node,
-            },
+            custom_translation_table={op.torch_op: op.node for op in OPS},
         )
     assert program is not None
     graph = program.model.graph
     del graph.outputs[len(OUTPUTS) :]
     return program.model
-
-
-def _rotary_node(x, cos, sin):
-    return OPSET.ModernBertRotary(x, cos, sin)
-
-
-def _global_attention_node(q, k, v, key_bias):
-    return OPSET.ModernBertGlobalAttention(q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5)
-
-
-def _local_attention_node(q, k, v, key_bias, radius):
-    return OPSET.ModernBertLocalAttention(
-        q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5, radius=radius
-    )

@@ -120,8 +120,9 @@ class ParityReport:
         ]
         for row in self.comparisons:
             lines.append(
-                f"| {row.reference} | {row.case.batch} | {row.case.length} | {row.case.padding} | {row.max_abs_error:.2e} "
-                f"| {row.min_cosine:.8f} | {row.min_pooled_cosine:.8f} | {'' if self._holds(row) else 'FAILED'} |"
+                f"| {row.reference} | {row.case.batch} | {row.case.length} | {row.case.padding} "
+                f"| {row.max_abs_error:.2e} | {row.min_cosine:.8f} | {row.min_pooled_cosine:.8f} "
+                f"| {'' if self._holds(row) else 'FAILED'} |"
             )
         return "\n".join(lines) + "\n"
 

@@ -28,8 +28,12 @@ def _(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor) -> Te
     return torch.empty_like(q_BSHK, memory_format=torch.contiguous_format)
 
 
+def _node(q, k, v, key_bias):
+    return OPSET.ModernBertGlobalAttention(q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5)
+
+
 @script(OPSET)
-def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int, scale: float):  # type: ignore[no-untyped-def]
+def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int, scale: float):
     """A Loop over blocks of at most `QUERY_BLOCK` queries, all of one size, so that short inputs are not padded."""
     batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
     heads = op.Reshape(op.Constant(value_int=num_heads), [1])
@@ -43,7 +47,7 @@ def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int, scale: float): 
     bias_B11S = op.Unsqueeze(key_bias, [1, 2])
 
     @graph()
-    def attend(block: INT64, condition: BOOL):  # type: ignore[no-untyped-def]
+    def attend(block: INT64, condition: BOOL):
         scores_BHWS = op.MatMul(op.Gather(q_NBHWK, block, axis=0), k_BHKS)
         y_BHWK = op.MatMul(op.Softmax(scores_BHWS + bias_B11S, axis=-1), v_BHSK)
         y_BWHK = op.Transpose(y_BHWK, perm=[0, 2, 1, 3])
@@ -57,7 +61,8 @@ def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int, scale: float): 
 
 GLOBAL_ATTENTION = GraphOp(
     name="ModernBertGlobalAttention",
-    torch_op=global_attention,
+    torch_op=torch.ops.modernbert.global_attention.default,
+    node=_node,
     inputs=("q", "k", "v", "key_bias"),
     attributes=("num_heads", "scale"),
     bodies={"portable": ModernBertGlobalAttention},

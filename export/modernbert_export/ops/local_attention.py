@@ -30,8 +30,14 @@ def _(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, radiu
     return torch.empty_like(q_BSHK, memory_format=torch.contiguous_format)
 
 
+def _node(q, k, v, key_bias, radius):
+    return OPSET.ModernBertLocalAttention(
+        q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5, radius=radius
+    )
+
+
 @script(OPSET)
-def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, scale: float, radius: int):  # type: ignore[no-untyped-def]
+def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     """Banded, standard operators. What depends on `key_bias` alone is the same in all layers, and merged there."""
     batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
     width = op.Reshape(op.Constant(value_int=radius), [1])
@@ -70,7 +76,8 @@ def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, scale: float, ra
 
 LOCAL_ATTENTION = GraphOp(
     name="ModernBertLocalAttention",
-    torch_op=local_attention,
+    torch_op=torch.ops.modernbert.local_attention.default,
+    node=_node,
     inputs=("q", "k", "v", "key_bias"),
     attributes=("num_heads", "scale", "radius"),
     bodies={"portable": ModernBertLocalAttention},

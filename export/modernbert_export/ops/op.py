@@ -6,9 +6,9 @@ the domain when they look a name up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 import onnxscript
@@ -25,12 +25,13 @@ HIDDEN_KEY = -1e9
 class GraphOp:
     """An operator of the traced graph.
 
-    `torch_op` is what the trace calls and what computes the reference; `inputs` and `attributes` name what the ONNX
-    node takes, in the order of the torch arguments; `bodies` defines the node for each target.
+    `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
+    `inputs` and `attributes` are named here; `bodies` defines the node for each target.
     """
 
     name: str
-    torch_op: torch._library.custom_ops.CustomOpDef
+    torch_op: torch._ops.OpOverload
+    node: Callable[..., Any]
     inputs: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     bodies: Mapping[Target, onnxscript.OnnxFunction]

@@ -3,13 +3,13 @@
 Shapes: B batch, S sequence, H heads, K size of a head.
 """
 
+import torch
 from onnxscript import opset20 as op
 from onnxscript import script
+from torch import Tensor
 
-import torch
 from modernbert.attention import rotate
 from modernbert_export.ops.op import OPSET, GraphOp
-from torch import Tensor
 
 
 @torch.library.custom_op("modernbert::rotary", mutates_args=())
@@ -23,8 +23,12 @@ def _(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x_BSHK)
 
 
+def _node(x, cos, sin):
+    return OPSET.ModernBertRotary(x, cos, sin)
+
+
 @script(OPSET)
-def ModernBertRotary(x, cos, sin):  # type: ignore[no-untyped-def]
+def ModernBertRotary(x, cos, sin):
     """Standard operators; precision is the tables'."""
     first, second = op.Split(x, axis=-1, num_outputs=2)
     return op.Concat(
@@ -35,5 +39,9 @@ def ModernBertRotary(x, cos, sin):  # type: ignore[no-untyped-def]
 
 
 ROTARY = GraphOp(
-    name="ModernBertRotary", torch_op=rotary, inputs=("x", "cos", "sin"), bodies={"portable": ModernBertRotary}
+    name="ModernBertRotary",
+    torch_op=torch.ops.modernbert.rotary.default,
+    node=_node,
+    inputs=("x", "cos", "sin"),
+    bodies={"portable": ModernBertRotary},
 )

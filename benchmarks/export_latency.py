@@ -1,0 +1,480 @@
+"""How fast is our exported ModernBERT against what transformers exports, and how much memory does it take?
+
+Batch 1, fp32, ONNX Runtime on CPU, no padding, one length after another. The peer is transformers' own exporter at its
+best for this job: `OnnxExporter` with `OnnxConfig(dynamic=True, ort_fusions="cpu")`. Ours is `modernbert export` as it
+comes (fp32, portable). Both start from one checkpoint: a ModernBERT-base with random weights, unless --model names
+another. Speed does not depend on the weights.
+
+    python benchmarks/export_latency.py                      # everything: about 15 minutes and 20 GB of memory
+    python benchmarks/export_latency.py --lengths 128,512    # a first look
+
+For each length: both run once, alone, and their last_hidden_state must agree (max abs error <= 1e-4 and cosine >=
+0.999999 for every token) before any time counts. Then they take turns, A B A B ..., each in a process of its own (see
+measure.py). Where both together would fill the memory, every turn starts a process afresh, loads, warms up once and is
+timed once. Ratios are taken pair by pair, peer / ours, so that a slow moment of the machine hits both sides.
+
+The ceiling is this machine's fp32 matrix product rate on the model's own weight shapes with the same threads, the best
+of samples taken before and after. A candidate's share of it counts useful work only, the same for both: linear
+layers, and scores and sums over the keys that a layer attends to. Arithmetic on masked-out keys counts as lost, as does
+all that is no matrix product: 100 % is out of reach.
+
+The targets hold for ModernBERT-base: no slower at 128 and 512 tokens, at least 1.35 times as fast at 2,048 and 2.8
+times at 8,192, there with at most 2.2 GB (10^9 bytes) of peak memory. "No slower" says `tie` when the median ratio is
+below 1 but its 95 % interval reaches 1. Exit codes: 0 fine, 1 the vectors differ or a target is missed, 2 bad usage
+or input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import measure
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PEER, OURS = "transformers", "ours"
+MAX_ABS_ERROR, MIN_COSINE = 1e-4, 0.999999
+TARGET_RATIO = {128: 1.0, 512: 1.0, 2048: 1.35, 8192: 2.8}  # peer time / our time, at least
+TARGET_PEAK_BYTES = {8192: 2.2e9}  # ours, at most
+GEMM_ROWS, GEMM_ROUNDS = 1024, 15
+
+progress_to = Console(stderr=True)
+
+
+class InputError(ValueError):
+    """Bad input, in one line that says what to do."""
+
+
+class DisagreementError(RuntimeError):
+    """The candidates computed different vectors, so that their times say nothing."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    options = parse(arguments)
+    try:
+        report = benchmark(options)
+    except (InputError, measure.LoadError) as error:
+        return complain(error, 2)
+    except (DisagreementError, measure.WorkerError) as error:
+        return complain(error, 1)
+    except ImportError as error:
+        return complain(f"{error}; install this repository with its `export` extra", 2)
+    except KeyboardInterrupt:
+        return complain("interrupted; nothing was written", 130)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "export_latency.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "export_latency.md").write_text(as_markdown(report))
+    plot(report, options.out / "export_latency.png")
+    Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))
+    progress_to.print(f"Raw samples, table: {options.out}/export_latency.json, .md", soft_wrap=True)
+    return 1 if any("fail" in row["verdict"] for row in report["rows"]) else 0
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything from the checkpoint to the table's rows."""
+    here = measure.machine()
+    progress_to.print(f"{here['processor']}, {here['cores']} cores; {options.threads} threads, batch 1, fp32")
+    if here["load_average"] > 0.3:
+        progress_to.print(
+            f"[yellow]The machine is busy (load {here['load_average']:.1f}): publish no times from this run."
+        )
+    options.work.mkdir(parents=True, exist_ok=True)
+    model = options.model
+    if model is None:
+        with progress_to.status("making the checkpoint"):
+            model = measure.made_once(options.work / "modernbert-base-random", make_random_base)
+    config = read_config(model)
+    check_lengths(options.lengths, config)
+    files = export_both(model, options)
+
+    ceiling = measure_ceiling(config, options)
+    progress_to.print(f"Ceiling: {max(ceiling) / 1e9:.0f} GFLOP/s fp32 matrix product")
+    lengths = {n: measure_length(n, files, config, options) for n in options.lengths}
+    ceiling += measure_ceiling(config, options)
+    return {
+        "question": "exported ModernBERT, ours against transformers' exporter: latency and memory",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": here,
+        "versions": measure.versions(
+            "modernbert-deploy", "onnxruntime", "transformers", "torch", "onnx", "onnxscript", "numpy"
+        ),
+        "settings": {
+            "threads": options.threads,
+            "batch": 1,
+            "precision": "fp32",
+            "repeats": options.repeats,
+            "long_repeats": options.long_repeats,
+            "checkpoint": model.name,
+        },
+        "model": {key: config[key] for key in ("hidden_size", "intermediate_size", "layer_types", "window_radius")},
+        "file_bytes": {
+            name: sum(f.stat().st_size for f in file.parent.glob(file.name + "*")) for name, file in files.items()
+        },
+        "ceiling_flops": ceiling,
+        "lengths": lengths,
+        "rows": rows(lengths, max(ceiling), config),
+    }
+
+
+# -- The checkpoint and the two candidates. Each is made in a process of its own, whose memory goes back before timing.
+
+
+def export_both(model: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """The two candidates' ONNX files, peer first."""
+    bundle = options.bundle
+    if bundle is None:
+        with progress_to.status("exporting ours"):
+            bundle = export_ours(model, options.work / "ours")
+    ours = bundle / "onnx" / "model.onnx"
+    if not ours.is_file():
+        raise InputError(f"--bundle: no onnx/model.onnx in {bundle}; make one with `modernbert export MODEL --out DIR`")
+    with progress_to.status("exporting the peer, about two minutes unless an earlier run did"):
+        peer = measure.made_once(options.work / f"peer-{identity(model)}", export_peer, model) / "model.onnx"
+    return {PEER: peer, OURS: ours}
+
+
+def make_random_base(directory: Path) -> None:
+    """Write a ModernBERT-base with seeded random weights as transformers initialises them, and a tokenizer of words."""
+    import tokenizers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig()
+    transformers.ModernBertModel(config).save_pretrained(directory)
+    # Not used here; an export for embedding asks for one. The special ids are those of the real tokenizer.
+    special = {"[UNK]": 50280, "[CLS]": 50281, "[SEP]": 50282, "[PAD]": 50283, "[MASK]": 50284}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, **special}, unk_token="[UNK]"))  # noqa: S106
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 50281), ("[SEP]", 50282)]
+    )
+    names = {f"{token[1:-1].lower()}_token": token for token in special}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, model_max_length=config.max_position_embeddings, **names
+    ).save_pretrained(directory)
+
+
+def export_peer(directory: Path, model_directory: Path) -> None:
+    """Export with transformers, batch and sequence dynamic, and check the result against the torch model."""
+    import onnxruntime
+    import torch
+    from transformers import AutoModel
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    model = AutoModel.from_pretrained(model_directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    torch.manual_seed(0)
+    sample = {
+        "input_ids": torch.randint(model.config.vocab_size, (2, 200)),
+        "attention_mask": torch.ones(2, 200).long(),
+    }
+    sample["attention_mask"][1, 150:] = 0
+    OnnxExporter().export(model, sample, config=OnnxConfig(dynamic=True, ort_fusions="cpu")).save_pretrained(directory)
+
+    session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch, length in ((1, 128), (3, 37)):  # unlike the sample's, so that a frozen axis shows
+        ids = torch.randint(model.config.vocab_size, (batch, length))
+        feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((batch, length), np.int64)}
+        with torch.inference_mode():
+            expected = model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state.numpy()
+        error = float(np.abs(session.run(["last_hidden_state"], feeds)[0] - expected).max())
+        if not error <= MAX_ABS_ERROR:
+            raise DisagreementError(
+                f"the peer's export differs from torch by {error:.1e} at batch {batch}, length {length}"
+            )
+
+
+def export_ours(model: Path, bundle: Path) -> Path:
+    """Export with this repository's command line, anew each time: the code may have changed. Returns the bundle."""
+    shutil.rmtree(bundle, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-c",
+        "from modernbert.cli import main; main()",
+        "export",
+        str(model),
+        "--out",
+        str(bundle),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise InputError(f"`modernbert export` ended with status {done.returncode}: {last}")
+    return bundle
+
+
+def identity(model: Path) -> str:
+    """A short name for a checkpoint as it is now and the packages that export it."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(model.iterdir())]
+    packages = measure.versions("transformers", "torch", "onnxscript", "onnx")
+    return hashlib.sha256(repr((model.resolve(), files, packages)).encode()).hexdigest()[:12]
+
+
+# -- Measuring.
+
+
+def measure_length(
+    n: int, files: dict[str, Path], config: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Vectors, seconds and peak memory of both candidates at `n` tokens."""
+    inputs = options.work / f"inputs-{n}.npz"
+    ids = np.random.default_rng(n).integers(config["vocab_size"], size=(1, n), dtype=np.int64)
+    np.savez(inputs, input_ids=ids, attention_mask=np.ones_like(ids))
+    outputs = {name: options.work / f"{name}.npy" for name in files}
+    peaks: dict[str, int] = {}
+    for name, file in files.items():
+        with (
+            progress_to.status(f"{n} tokens: {name}, vectors"),
+            measure.Worker(file, threads=options.threads) as worker,
+        ):
+            worker.run(inputs, save=outputs[name])
+            peaks[name] = worker.peak_rss_bytes
+    theirs, ours = np.load(outputs[PEER]), np.load(outputs[OURS])
+    if theirs.shape != ours.shape:
+        raise DisagreementError(
+            f"{n} tokens: shapes {theirs.shape} and {ours.shape}: is the bundle made from this --model?"
+        )
+    error, cosine = measure.compare(theirs[0], ours[0])
+    progress_to.print(f"{n} tokens: max abs difference {error:.1e}, lowest cosine {cosine:.7f}")
+    if not (error <= MAX_ABS_ERROR and cosine >= MIN_COSINE):
+        raise DisagreementError(
+            f"{n} tokens: the candidates disagree (max abs difference {error:.1e}, at most {MAX_ABS_ERROR:.0e}; cosine "
+            f"{cosine:.7f}, at least {MIN_COSINE}): is the bundle made from this --model?"
+        )
+
+    together = sum(peaks.values()) < measure.available_memory_bytes() / 2
+    rounds = options.repeats if together else options.long_repeats
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=progress_to, transient=True, disable=not progress_to.is_terminal) as bar:
+        task = bar.add_task(f"{n} tokens: rounds{'' if together else ', a fresh process each turn'}", total=rounds)
+        seconds, timed_peaks = measure.take_turns(
+            files, inputs, threads=options.threads, rounds=rounds, together=together, after=lambda: bar.advance(task)
+        )
+    return {
+        "max_abs_difference": error,
+        "min_cosine": cosine,
+        "turns": "side by side" if together else "a fresh process each",
+        "seconds": seconds,
+        "peak_rss_bytes": {name: max(peaks[name], timed_peaks[name]) for name in files},
+    }
+
+
+def measure_ceiling(config: dict[str, Any], options: argparse.Namespace) -> list[float]:
+    """Samples of the matrix product rate, FLOP/s."""
+    with progress_to.status("ceiling"):
+        return measure.gemm_rate(
+            weight_shapes(config), rows=GEMM_ROWS, threads=options.threads, rounds=GEMM_ROUNDS, work=options.work
+        )
+
+
+# -- Arithmetic.
+
+
+def weight_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
+    """[in, out] of a layer's four linear maps: Wqkv, Wo, Wi, mlp.Wo."""
+    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
+    return [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
+
+
+def useful_flops(n: int, config: dict[str, Any]) -> int:
+    """FLOP of one forward pass over `n` tokens, counting attention only where a layer looks: |q-k| <= window radius."""
+    radius, positions = config["window_radius"], np.arange(n)
+    keys = {
+        "full_attention": n * n,
+        "sliding_attention": int((np.minimum(positions + radius, n - 1) - np.maximum(positions - radius, 0) + 1).sum()),
+    }
+    linear = 2 * n * sum(k * m for k, m in weight_shapes(config))
+    return sum(linear + 4 * config["hidden_size"] * keys[kind] for kind in config["layer_types"])
+
+
+def rows(lengths: dict[int, dict[str, Any]], ceiling: float, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row of the table per length and candidate; ratio, target and verdict stand on our side's."""
+    is_base = (config["hidden_size"], config["intermediate_size"], len(config["layer_types"])) == (768, 1152, 22)
+    table = []
+    for n, found in lengths.items():
+        ratios = [peer / ours for peer, ours in zip(found["seconds"][PEER], found["seconds"][OURS], strict=True)]
+        for name, seconds in found["seconds"].items():
+            spread, peak = measure.spread(seconds), found["peak_rss_bytes"][name]
+            row = {"tokens": n, "candidate": name, "seconds": spread, "runs": len(seconds), "peak_rss_bytes": peak}
+            row |= {"share_of_ceiling": useful_flops(n, config) / spread["median"] / ceiling, "ratio": None}
+            row |= {"target": "", "verdict": ""}
+            if name == OURS:
+                row["ratio"] = measure.spread(ratios) | {"interval": measure.median_interval(ratios)}
+                if is_base and n in TARGET_RATIO:
+                    row |= judge(n, row["ratio"], peak)
+            table.append(row)
+    return table
+
+
+def judge(n: int, ratio: dict[str, Any], peak: int) -> dict[str, str]:
+    """The target at `n` tokens in words, and pass, tie or fail."""
+    least, most = TARGET_RATIO[n], TARGET_PEAK_BYTES.get(n)
+    speed = "pass" if ratio["median"] >= least else "fail"
+    if speed == "fail" and least == 1.0 and ratio["interval"][1] >= 1.0:
+        speed = "tie"
+    target = "no slower" if least == 1.0 else f">= {least:g}x"
+    if most is None:
+        return {"target": target, "verdict": speed}
+    verdict = "fail" if peak > most or speed == "fail" else "pass"
+    return {"target": f"{target}, <= {most / 1e9:g} GB", "verdict": verdict}
+
+
+# -- Input and output.
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Command line to options; ends the program with status 2 and one line on bad usage."""
+
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            sys.exit(complain(message, 2))
+
+    def positive(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
+        return int(text)
+
+    def directory(text: str) -> Path:
+        if not Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"must be a directory that exists, not {text!r}")
+        return Path(text).resolve()
+
+    def lengths(text: str) -> list[int]:
+        return sorted({positive(n) for n in text.split(",")})
+
+    work = Path(tempfile.gettempdir(), "modernbert-export-latency")
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--lengths", type=lengths, default=[128, 512, 2048, 8192], metavar="N,...", help="default: 128,512,2048,8192")
+    add("--threads", type=positive, default=2, metavar="N", help="default: 2")
+    add("--repeats", type=positive, default=15, metavar="N", help="rounds at each length (default: 15)")
+    add("--long-repeats", type=positive, default=3, metavar="N", help="rounds with fresh processes (default: 3)")
+    add("--model", type=directory, metavar="DIR", help="checkpoint (default: ModernBERT-base, random weights)")
+    add("--bundle", type=directory, metavar="DIR", help="our export of that checkpoint (default: export it now)")
+    add("--work", type=Path, default=work, metavar="DIR", help=f"keeps checkpoint and exports (default: {work})")
+    add("--out", type=Path, default=measure.results_directory(), metavar="DIR", help="results (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """The sizes that count, from config.json in its old or new spelling."""
+    path = model / "config.json"
+    if not path.is_file():
+        raise InputError(f"--model: no config.json in {model}; give a directory written by save_pretrained")
+    config: dict[str, Any] = json.loads(path.read_text())
+    if config.get("model_type") != "modernbert":
+        raise InputError(
+            f"--model: model_type must be modernbert, not {config.get('model_type')!r}; both sides export that"
+        )
+    every = config.get("global_attn_every_n_layers", 3)
+    kinds = ["sliding_attention" if i % every else "full_attention" for i in range(config["num_hidden_layers"])]
+    return config | {"layer_types": config.get("layer_types") or kinds, "window_radius": config["local_attention"] // 2}
+
+
+def check_lengths(lengths: list[int], config: dict[str, Any]) -> None:
+    """Refuse what the model or this machine's memory cannot take, before minutes are spent on it."""
+    n, limit, available = lengths[-1], config["max_position_embeddings"], measure.available_memory_bytes()
+    if n > limit:
+        raise InputError(f"--lengths: at most {limit} for this model, not {n}")
+    # Seen for the peer: five score matrices [heads, n, n] at once, beside weights and activations.
+    need = 5 * 4 * config["num_attention_heads"] * n * n + 1.5e9
+    if need > available:
+        raise InputError(
+            f"--lengths: {n} takes the peer {need / 1e9:.0f} GB, {available / 1e9:.0f} GB are free; use shorter inputs"
+        )
+
+
+HEADINGS = (
+    "tokens",
+    "export",
+    "ms: min / median / max",
+    "runs",
+    "of ceiling",
+    "peak RSS",
+    "faster",
+    "target",
+    "verdict",
+)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text under `HEADINGS`."""
+    milliseconds = [1e3 * row["seconds"][key] for key in ("min", "median", "max")]
+    ratio = row["ratio"]
+    return [
+        f"{row['tokens']:,}",
+        row["candidate"],
+        " / ".join(f"{ms:,.0f}" if ms >= 1000 else f"{ms:.3g}" for ms in milliseconds),
+        str(row["runs"]),
+        f"{row['share_of_ceiling']:.0%}",
+        f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+        f"{ratio['median']:.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "",
+        row["target"],
+        row["verdict"],
+    ]
+
+
+def caption(report: dict[str, Any]) -> str:
+    """Hardware, settings and versions: without them the table means nothing."""
+    here = report["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return (
+        f"{here['processor']}, {here['cores']} cores, {report['settings']['threads']} threads, load "
+        f"{here['load_average']:.1f} at the start; batch 1, fp32; {report['date']}; {packages}. Ceiling (100 %): "
+        f"{max(report['ceiling_flops']) / 1e9:.0f} GFLOP/s. Faster: peer / ours, median and range of the pairs."
+    )
+
+
+def as_table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    table = Table(*HEADINGS, title=report["question"], caption=caption(report))
+    for row in report["rows"]:
+        table.add_row(*cells(row), end_section=row["candidate"] == OURS)
+    return table
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for a page."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in report["rows"])]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", caption(report), ""])
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Median time and peak memory over length, where matplotlib is installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        progress_to.print("No plot: matplotlib is not installed.")
+        return
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in (PEER, OURS):
+        mine = [row for row in report["rows"] if row["candidate"] == name]
+        tokens = [row["tokens"] for row in mine]
+        time_axis.loglog(tokens, [row["seconds"]["median"] for row in mine], "o-", label=name)
+        memory_axis.loglog(tokens, [row["peak_rss_bytes"] / 1e9 for row in mine], "o-", label=name)
+    time_axis.set(xlabel="tokens", ylabel="seconds, median")
+    memory_axis.set(xlabel="tokens", ylabel="peak RSS, GB")
+    time_axis.legend()
+    figure.savefig(file, dpi=150)
+
+
+def complain(message: object, status: int) -> int:
+    """Print one line of error and return the exit code."""
+    print(f"export_latency: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

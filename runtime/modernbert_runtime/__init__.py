@@ -1,0 +1,23 @@
+"""Embed text with an exported ModernBERT bundle. Never imports torch, transformers or onnx.
+
+    from modernbert_runtime import Embedder
+
+    with Embedder.load("out/") as embedder:
+        vectors = embedder.embed(["some text", "another"])  # float32 [2, dimension]
+
+It does not train, export or download anything. Every error is a `ModernBertRuntimeError`; see `errors`.
+"""
+
+from modernbert_runtime.embedder import Embedder
+from modernbert_runtime.errors import BundleError, EngineError, InputError, ModernBertRuntimeError, TextTooLong
+from modernbert_runtime.tokenizer import TokenizedText
+
+__all__ = [
+    "BundleError",
+    "Embedder",
+    "EngineError",
+    "InputError",
+    "ModernBertRuntimeError",
+    "TextTooLong",
+    "TokenizedText",
+]

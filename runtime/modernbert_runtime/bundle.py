@@ -1,0 +1,122 @@
+"""A bundle on disk: reads its manifest and hands out paths of files that were checked.
+
+It loads no model and parses no tokenizer. A path is only to be had from here, so no file is read that the manifest
+does not list, that lies outside the directory, or whose hash differs. Hashes show damage and mix-ups; they do not
+prove who wrote a bundle, for the manifest is not signed.
+"""
+
+import mmap
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from modernbert_runtime.errors import BundleError, one_line
+from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest, sha256_file
+
+# How protobuf writes the entry key="location", value=<length><text> of a tensor's external_data.
+_LOCATION = re.compile(rb"\x0a\x08location\x12(.)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A directory with a valid manifest. Make it with `Bundle.open`."""
+
+    root: Path
+    manifest: Manifest
+    verify_hashes: bool
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
+        """Read the manifest of the bundle at `path`; other files are checked when their path is asked for.
+
+        Args:
+            path: a local directory.
+            verify_hashes: compare each file with the manifest before it is used: reads it once more.
+
+        Raises:
+            BundleError: no such directory, no manifest, or a manifest that is not valid.
+        """
+        try:
+            root = Path(path).resolve(strict=True)
+            text = (root / MANIFEST_NAME).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise BundleError(
+                f"bundle: no {MANIFEST_NAME} in {str(path)!r}: pass the directory that `modernbert export` wrote"
+            ) from error
+        except (OSError, RuntimeError, ValueError) as error:  # unreadable, a symlink loop, not UTF-8
+            raise BundleError(f"bundle: cannot read {MANIFEST_NAME} in {str(path)!r} ({one_line(error)})") from error
+        return cls(root=root, manifest=Manifest.from_json(text), verify_hashes=verify_hashes)
+
+    def path_of(self, name: str) -> Path:
+        """The absolute path of the file that the manifest lists as `name`, after checking it.
+
+        Raises:
+            BundleError: not listed, missing, outside the bundle (a symlink), or changed since the export.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle: {reprlib.repr(name)} is not listed in {MANIFEST_NAME}: export the bundle again")
+        try:
+            path = self.root / name
+            target = path.resolve(strict=True)
+            if not target.is_relative_to(self.root):
+                raise BundleError(
+                    f"bundle: {name!r} is a link that leaves the bundle, to {str(target)!r}: copy the files into one "
+                    "directory (hub downloads: pass local_dir)"
+                )
+            if not path.is_file():
+                raise BundleError(f"bundle: {name!r} is not a file: export or copy the bundle again")
+            if self.verify_hashes and sha256_file(path) != self.manifest.files[name]:
+                raise BundleError(
+                    f"bundle: {name!r} is not the file that was exported (sha256 differs): export or copy it again"
+                )
+        except FileNotFoundError as error:
+            raise BundleError(f"bundle: {name!r} is missing: export or copy the bundle again") from error
+        except (OSError, RuntimeError) as error:
+            raise BundleError(f"bundle: cannot read {name!r} ({one_line(error)})") from error
+        return path
+
+    def artifact(self, *, target: str | None = None, precision: str | None = None) -> Artifact:
+        """The first artifact of the manifest with this target and this precision; None accepts any.
+
+        Raises:
+            BundleError: there is none; the message lists those that exist.
+        """
+        for artifact in self.manifest.artifacts:
+            if target in (None, artifact.target) and precision in (None, artifact.precision):
+                return artifact
+        have = ", ".join(f"{artifact.target}/{artifact.precision}" for artifact in self.manifest.artifacts)
+        raise BundleError(
+            f"bundle: no artifact {target or 'any'}/{precision or 'any'} (target/precision), only {have}: "
+            "choose one of these, or export with that --target and --precision"
+        )
+
+    def onnx_path(self, artifact: Artifact) -> Path:
+        """The path of an artifact's ONNX file, after checking it and the weights file beside it.
+
+        Raises:
+            BundleError: as for `path_of`, or the model reads weights from a file that the manifest does not declare.
+        """
+        path = self.path_of(artifact.file)
+        declared = set()
+        if artifact.data_file is not None:
+            self.path_of(artifact.data_file)
+            declared = {PurePosixPath(artifact.data_file).name.encode()}
+        if undeclared := _external_locations(path) - declared:
+            raise BundleError(
+                f"bundle: {artifact.file!r} reads weights from {reprlib.repr(min(undeclared))}, which is not its "
+                f"data_file in {MANIFEST_NAME}: export the bundle again"
+            )
+        return path
+
+
+def _external_locations(path: Path) -> set[bytes]:
+    """Names of the files that an ONNX model takes weights from, without parsing it.
+
+    Finds what every ONNX library writes (key, then value). A forged file could hide from this, but it gains nothing:
+    the engine itself refuses a location outside the model's folder. Names over 127 bytes come back cut, so refused.
+    """
+    if path.stat().st_size == 0:  # mmap refuses it; the engine says what is wrong
+        return set()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return {data[hit.end() : hit.end() + hit[1][0]] for hit in _LOCATION.finditer(data)}

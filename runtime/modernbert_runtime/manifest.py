@@ -1,0 +1,255 @@
+"""The bundle contract: what manifest.json holds, as frozen dataclasses with strict reading and writing.
+
+The exporter writes it, the runtime reads it, and both import this file. It touches no model file: bundle.py
+resolves and checks those. Values are validated where they are made, so a `Manifest` that exists is a valid one.
+Reading ignores keys that it does not know (a newer minor addition) and refuses a schema version that it does not
+know (a change of meaning).
+"""
+
+import hashlib
+import json
+import re
+import reprlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from modernbert_runtime.errors import BundleError, one_line
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+POOLINGS = ("mean", "cls")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The checkpoint that a bundle was exported from.
+
+    Args:
+        name: hub id or directory name, for people.
+        sha256: hash of its weights, 64 hex digits.
+    """
+
+    name: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        _check_sha256("source.sha256", self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One model file of a bundle, ready for an engine.
+
+    Args:
+        target: the lowering, such as "portable".
+        precision: such as "fp32".
+        file: the model, a path relative to the bundle.
+        data_file: its external weights, in the same folder, or None when they are inside `file`.
+        opset: ONNX opset, such as 20.
+        ir_version: ONNX IR version, such as 10.
+        parity: what was compared against PyTorch, as name -> measured value. Never NaN or infinite.
+    """
+
+    target: str
+    precision: str
+    file: str
+    data_file: str | None
+    opset: int
+    ir_version: int
+    parity: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        _check_name("artifact.target", self.target)
+        _check_name("artifact.precision", self.precision)
+        _check_path("artifact.file", self.file)
+        if self.data_file is not None:
+            _check_path("artifact.data_file", self.data_file)
+            if PurePosixPath(self.data_file).parent != PurePosixPath(self.file).parent:
+                raise _bad("artifact.data_file", f"must lie in the folder of {self.file!r}", self.data_file)
+        _check_positive("artifact.opset", self.opset)
+        _check_positive("artifact.ir_version", self.ir_version)
+        for name, value in self.parity.items():
+            if not abs(value) <= sys.float_info.max:
+                raise _bad(f"artifact.parity[{reprlib.repr(name)}]", "must be a finite number", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a bundle says about itself.
+
+    Args:
+        generator: the program and version that wrote the bundle.
+        source: the checkpoint that it came from.
+        task: what the model computes, such as "embedding".
+        dimension: length of one embedding.
+        pooling: how the graph makes `sentence_embedding` from `last_hidden_state`: "mean" or "cls".
+        normalize: whether the graph's `sentence_embedding` has unit length.
+        max_length: most tokens of one input, special tokens included.
+        prompts: name -> text put before an input, such as "query" and "document".
+        artifacts: the model files, the preferred one first; one per target and precision.
+        files: relative POSIX path -> sha256 of every other file of the bundle.
+        schema_version: the version of this contract.
+
+    Raises:
+        BundleError: a value is out of its range.
+    """
+
+    generator: str
+    source: Source
+    task: str
+    dimension: int
+    pooling: str
+    normalize: bool
+    max_length: int
+    prompts: Mapping[str, str]
+    artifacts: tuple[Artifact, ...]
+    files: Mapping[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _check_schema(self.schema_version)
+        _check_name("task", self.task)
+        _check_positive("dimension", self.dimension)
+        _check_positive("max_length", self.max_length)
+        if self.pooling not in POOLINGS:
+            raise _bad("pooling", f"must be one of {', '.join(POOLINGS)}", self.pooling)
+        for prompt_name in self.prompts:
+            _check_name("prompts", prompt_name)
+        for path, sha256 in self.files.items():
+            _check_path("files", path)
+            _check_sha256(f"files[{path!r}]", sha256)
+        if not self.artifacts:
+            raise _bad("artifacts", "must hold at least one artifact", self.artifacts)
+        variants = set()
+        for artifact in self.artifacts:
+            for file in (artifact.file, artifact.data_file):
+                if file is not None and file not in self.files:
+                    raise _bad("artifacts", "must name only files listed in `files`", file)
+            if (artifact.target, artifact.precision) in variants:
+                raise _bad("artifacts", "must not repeat a target and precision", [artifact.target, artifact.precision])
+            variants.add((artifact.target, artifact.precision))
+
+    def to_json(self) -> str:
+        """The content of manifest.json: `from_json` of it gives an equal manifest."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read the content of a manifest.json.
+
+        Raises:
+            BundleError: not JSON, an unknown schema version, or a field that is missing, of the wrong type or out
+                of its range; the message names the field.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{MANIFEST_NAME} is not valid JSON ({one_line(error)}): export the bundle again"
+            ) from error
+        root = _typed("the top level", data, dict)
+        _check_schema(_field(root, "schema_version", int))
+        source = _field(root, "source", dict)
+        return cls(
+            generator=_field(root, "generator", str),
+            source=Source(name=_field(source, "name", str, "source."), sha256=_field(source, "sha256", str, "source.")),
+            task=_field(root, "task", str),
+            dimension=_field(root, "dimension", int),
+            pooling=_field(root, "pooling", str),
+            normalize=_field(root, "normalize", bool),
+            max_length=_field(root, "max_length", int),
+            prompts=_strings(root, "prompts"),
+            artifacts=tuple(
+                _artifact(_typed(f"artifacts[{i}]", item, dict), f"artifacts[{i}].")
+                for i, item in enumerate(_field(root, "artifacts", list))
+            ),
+            files=_strings(root, "files"),
+        )
+
+
+def sha256_file(path: str | Path) -> str:
+    """The sha256 of a file's bytes, as 64 lower-case hex digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):  # hashlib.file_digest needs Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _artifact(data: dict[str, object], where: str) -> Artifact:
+    parity = {}
+    for name, value in _field(data, "parity", dict, where).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _bad(f"{where}parity[{reprlib.repr(name)}]", "must be a number", value)
+        parity[name] = value
+    return Artifact(
+        target=_field(data, "target", str, where),
+        precision=_field(data, "precision", str, where),
+        file=_field(data, "file", str, where),
+        data_file=None if data.get("data_file") is None else _field(data, "data_file", str, where),
+        opset=_field(data, "opset", int, where),
+        ir_version=_field(data, "ir_version", int, where),
+        parity=parity,
+    )
+
+
+def _strings(data: dict[str, object], name: str) -> dict[str, str]:
+    items = _field(data, name, dict).items()
+    return {
+        _typed(f"a key of {name}", key, str): _typed(f"{name}[{reprlib.repr(key)}]", value, str) for key, value in items
+    }
+
+
+def _field(data: dict[str, object], name: str, kind: type[T], where: str = "") -> T:
+    if name not in data:
+        raise BundleError(f"{MANIFEST_NAME}: {where}{name} is missing: export the bundle again")
+    return _typed(where + name, data[name], kind)
+
+
+def _typed(name: str, value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):  # to Python, true is an int
+        raise _bad(name, f"must be a JSON value of type {kind.__name__}", value)
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise _bad(name, "must be valid Unicode, without lone surrogates", value)
+    return value
+
+
+def _check_schema(version: int) -> None:
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{MANIFEST_NAME}: schema_version must be {SCHEMA_VERSION}, not {reprlib.repr(version)}: "
+            "use the modernbert-deploy release that wrote the bundle, or export it again"
+        )
+
+
+def _check_name(name: str, value: str) -> None:
+    """Names appear in logs and messages, which are one line each."""
+    if not value or not value.isprintable():
+        raise _bad(name, "must be printable text of at least one character", value)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise _bad(name, "must be at least 1", value)
+
+
+def _check_sha256(name: str, value: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        raise _bad(name, "must be 64 lower-case hex digits", value)
+
+
+def _check_path(name: str, value: str) -> None:
+    """Only one spelling of a path inside the bundle, the same on every system: no `..`, `//`, drive or backslash."""
+    path = PurePosixPath(value)
+    canonical = bool(path.name) and str(path) == value and not path.is_absolute() and ".." not in path.parts
+    if not canonical or "\\" in value or ":" in value or not value.isprintable():
+        raise _bad(name, "must be a plain relative POSIX path inside the bundle", value)
+
+
+def _bad(name: str, rule: str, value: object) -> BundleError:
+    return BundleError(f"{MANIFEST_NAME}: {name} {rule}, not {reprlib.repr(value)}: export the bundle again")
