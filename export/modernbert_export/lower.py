@@ -11,6 +11,7 @@ from onnxscript import optimizer
 
 from modernbert_export.ops import OPS
 from modernbert_export.ops.op import OPSET, Target
+from modernbert_export.split_matmul import SplitMatMulPass
 
 IR_VERSION = 10
 # Constants up to this many elements are computed now rather than at run time; the band of a radius of 64 has 12,288.
@@ -31,6 +32,7 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     # Layers repeat what depends on mask and length alone, such as the bias of the band: once is enough.
     common.DeduplicateInitializersPass(size_limit=FOLD_LIMIT)(model)
     common.CommonSubexpressionEliminationPass()(model)
+    SplitMatMulPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     common.RemoveUnusedOpsetsPass()(model)

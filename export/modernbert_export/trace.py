@@ -46,16 +46,20 @@ class TracedEmbedder(nn.Module):
         x_BSD = self.model.embeddings(input_ids)
         key_bias_BS = (1 - attention_mask.to(x_BSD.dtype)) * HIDDEN_KEY
         position_S = torch.arange(input_ids.shape[1])
-        tables = {
-            layer_type: rotary_tables(position_S, config.rope_theta(layer_type), config.head_dim, torch.float32)
-            for layer_type in sorted(set(config.layer_types))
-        }
+        # Scores are scaled by way of the queries, and these by way of their tables, where it costs nothing.
+        scale = config.head_dim**-0.5
+        tables = {}
+        for layer_type in sorted(set(config.layer_types)):
+            cos, sin = rotary_tables(position_S, config.rope_theta(layer_type), config.head_dim, torch.float32)
+            tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
-            q, k = (rotary(x, *tables[layer_type]) for x in (q, k))
+        def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, layer_type: LayerType) -> Tensor:
+            table, scaled_table = tables[layer_type]
+            q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+            q, k = rotary(q, *scaled_table), rotary(k, *table)
             if layer_type == "full_attention":
-                return global_attention(q, k, v, key_bias_BS)
-            return local_attention(q, k, v, key_bias_BS, config.window_radius)
+                return global_attention(q, k, v, key_bias_BS).transpose(1, 2)
+            return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
 
         x_BSD, hidden = self.model.encode(x_BSD, attend, keep_hidden=True)
         return x_BSD, self._pool(x_BSD, attention_mask), *hidden[:-1]

@@ -1,6 +1,6 @@
 """`ModernBertGlobalAttention`: every token sees every token, in blocks of queries so that memory stays bounded.
 
-Shapes: B batch, S sequence, H heads, K size of a head, N blocks, W queries in a block.
+Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries in a block.
 """
 
 import torch
@@ -16,47 +16,48 @@ QUERY_BLOCK = 256
 
 
 @torch.library.custom_op("modernbert::global_attention", mutates_args=())
-def global_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor) -> Tensor:
-    """Softmax attention [B, S, H, K] over all keys; `key_bias_BS` is 0 on tokens, `HIDDEN_KEY` on padding."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-    y_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=key_bias_BS[:, None, None, :])
-    return y_BHSK.transpose(1, 2).contiguous()
+def global_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, key_bias_BS: Tensor) -> Tensor:
+    """Softmax attention [B, H, S, K] over all keys, of scaled queries; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    bias_B11S = key_bias_BS[:, None, None, :]
+    return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=bias_B11S, scale=1.0).contiguous()
 
 
 @global_attention.register_fake
-def _(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor) -> Tensor:
-    return torch.empty_like(q_BSHK, memory_format=torch.contiguous_format)
+def _(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, key_bias_BS: Tensor) -> Tensor:
+    return torch.empty_like(q_BHSK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, key_bias):
-    return OPSET.ModernBertGlobalAttention(q, k, v, key_bias, num_heads=q.shape[2], scale=q.shape[3] ** -0.5)
+    return OPSET.ModernBertGlobalAttention(q, k, v, key_bias, num_heads=q.shape[1])
 
 
 @script(OPSET)
-def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int, scale: float):
-    """A Loop over blocks of at most `QUERY_BLOCK` queries, all of one size, so that short inputs are not padded."""
+def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int):
+    """A Loop over blocks of at most `QUERY_BLOCK` queries, all of one size, so that short inputs are not padded.
+
+    The bias enters as one more component of the keys, against a 1 in the queries: adding it to the scores afterwards
+    would be a pass over the largest tensor of all.
+    """
     batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
     heads = op.Reshape(op.Constant(value_int=num_heads), [1])
     blocks = (length + (QUERY_BLOCK - 1)) / QUERY_BLOCK
     width = (length + blocks - 1) / blocks
-    pads = op.Concat([0, 0, 0, 0, 0], blocks * width - length, [0, 0], axis=0)
-    q_BNWHK = op.Reshape(op.Pad(q * scale, pads), op.Concat(batch, blocks, width, heads, [-1], axis=0))
-    q_NBHWK = op.Transpose(q_BNWHK, perm=[1, 0, 3, 2, 4])
-    k_BHKS = op.Transpose(k, perm=[0, 2, 3, 1])
-    v_BHSK = op.Transpose(v, perm=[0, 2, 1, 3])
-    bias_B11S = op.Unsqueeze(key_bias, [1, 2])
+    pads = op.Concat([0, 0, 0, 0, 0, 0], blocks * width - length, [1], axis=0)
+    q_shape = op.Concat(batch, heads, blocks, width, [-1], axis=0)
+    q_BHNWK = op.Reshape(op.Pad(q, pads, op.CastLike(1.0, q)), q_shape)
+    bias_BH1S = op.Expand(op.Unsqueeze(key_bias, [1, 2]), op.Concat([1], heads, [1, 1], axis=0))
+    k_BHKS = op.Concat(op.Transpose(k, perm=[0, 1, 3, 2]), bias_BH1S, axis=2)
 
     @graph()
     def attend(block: INT64, condition: BOOL):
-        scores_BHWS = op.MatMul(op.Gather(q_NBHWK, block, axis=0), k_BHKS)
-        y_BHWK = op.MatMul(op.Softmax(scores_BHWS + bias_B11S, axis=-1), v_BHSK)
-        y_BWHK = op.Transpose(y_BHWK, perm=[0, 2, 1, 3])
-        return op.Identity(condition), y_BWHK
+        scores_BHWS = op.MatMul(op.Gather(q_BHNWK, block, axis=2), k_BHKS)
+        y_BHWK = op.MatMul(op.Softmax(scores_BHWS, axis=-1), v)
+        return op.Identity(condition), y_BHWK
 
-    y_NBWHK = op.Loop(op.Squeeze(blocks), op.Cast(1, to=9), body=attend)
-    y_shape = op.Concat(batch, blocks * width, heads, [-1], axis=0)
-    y_BSHK = op.Reshape(op.Transpose(y_NBWHK, perm=[1, 0, 2, 3, 4]), y_shape)
-    return op.Slice(y_BSHK, [0], length, [1])
+    y_NBHWK = op.Loop(op.Squeeze(blocks), op.Cast(1, to=9), body=attend)
+    y_shape = op.Concat(batch, heads, blocks * width, [-1], axis=0)
+    y_BHSK = op.Reshape(op.Transpose(y_NBHWK, perm=[1, 2, 0, 3, 4]), y_shape)
+    return op.Slice(y_BHSK, [0], length, [2])
 
 
 GLOBAL_ATTENTION = GraphOp(
@@ -64,6 +65,6 @@ GLOBAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.global_attention.default,
     node=_node,
     inputs=("q", "k", "v", "key_bias"),
-    attributes=("num_heads", "scale"),
+    attributes=("num_heads",),
     bodies={"portable": ModernBertGlobalAttention},
 )

@@ -40,7 +40,7 @@ class GraphOp:
         """Makes the node known to onnx, so that the tracer may emit it before it has a body. Safe to repeat."""
         if onnx.defs.has(self.name, OPSET.domain):
             return
-        formal, kinds = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType
+        formal, kind = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType.INT
         floats = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")]
         onnx.defs.register_schema(
             onnx.defs.OpSchema(
@@ -50,9 +50,6 @@ class GraphOp:
                 inputs=[formal(name, "T") for name in self.inputs],
                 outputs=[formal("y", "T")],
                 type_constraints=floats,
-                attributes=[
-                    onnx.defs.OpSchema.Attribute(name, kinds.FLOAT if name == "scale" else kinds.INT)
-                    for name in self.attributes
-                ],
+                attributes=[onnx.defs.OpSchema.Attribute(name, kind) for name in self.attributes],
             )
         )

@@ -1,6 +1,6 @@
 """`ModernBertRotary`: rotary embedding, split-half, with tables computed once per graph.
 
-Shapes: B batch, S sequence, H heads, K size of a head.
+Shapes: B batch, H heads, S sequence, K size of a head.
 """
 
 import torch
@@ -13,14 +13,14 @@ from modernbert_export.ops.op import OPSET, GraphOp
 
 
 @torch.library.custom_op("modernbert::rotary", mutates_args=())
-def rotary(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns q or k [B, S, H, K] by the angles whose cosines and sines [S, 1, K / 2] are given."""
-    return rotate(x_BSHK, cos, sin)
+def rotary(x_BHSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns q or k [B, H, S, K] by the angles whose cosines and sines [S, K / 2] are given."""
+    return rotate(x_BHSK, cos, sin)
 
 
 @rotary.register_fake
-def _(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.empty_like(x_BSHK)
+def _(x_BHSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x_BHSK, memory_format=torch.contiguous_format)
 
 
 def _node(x, cos, sin):
@@ -29,13 +29,12 @@ def _node(x, cos, sin):
 
 @script(OPSET)
 def ModernBertRotary(x, cos, sin):
-    """Standard operators; precision is the tables'."""
-    first, second = op.Split(x, axis=-1, num_outputs=2)
-    return op.Concat(
-        op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
-        op.Add(op.Mul(second, cos), op.Mul(first, sin)),
-        axis=-1,
-    )
+    """Standard operators. Both halves at once: x * [cos, cos] + swapped x * [-sin, sin]."""
+    halves_BHS2K = op.Reshape(x, op.Concat(op.Shape(x, end=3), [2, -1], axis=0))
+    swapped_BHS2K = op.Gather(halves_BHS2K, [1, 0], axis=3)
+    cos_S2K = op.Concat(op.Unsqueeze(cos, [1]), op.Unsqueeze(cos, [1]), axis=1)
+    sin_S2K = op.Concat(op.Unsqueeze(op.Neg(sin), [1]), op.Unsqueeze(sin, [1]), axis=1)
+    return op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, op.Shape(x))
 
 
 ROTARY = GraphOp(
