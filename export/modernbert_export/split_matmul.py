@@ -48,7 +48,7 @@ def _matmul_of(split: ir.Node) -> ir.Node | None:
         return None
     axis = split.attributes.get_int("axis", 0)
     last = product.shape is not None and axis in (-1, len(product.shape) - 1)
-    return matmul if last and weight.const_value.shape[1] % len(split.outputs) == 0 else None
+    return matmul if last and weight.const_value.numpy().shape[1] % len(split.outputs) == 0 else None
 
 
 def _parts(weight: ir.Value, count: int) -> list[ir.Value]:
