@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import transformers
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from modernbert.errors import InputError
 
@@ -35,6 +36,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": dict(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, intermediate_size=192),
 }
 
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 @strict
 class ModernBertConfig(transformers.ModernBertConfig):
@@ -45,6 +48,12 @@ class ModernBertConfig(transformers.ModernBertConfig):
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
+        sizes = {name: getattr(self, name) for name in _SIZES} | {
+            "global_attn_every_n_layers": kwargs.get("global_attn_every_n_layers", 1)
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise InputError(f"{name} must be at least 1, not {size}")
         super().__post_init__(**kwargs)
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise InputError(
@@ -53,6 +62,8 @@ class ModernBertConfig(transformers.ModernBertConfig):
             )
         if self.local_attention < 2:
             raise InputError(f"local_attention must be at least 2 tokens, not {self.local_attention}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise InputError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise InputError(
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}; "
@@ -101,14 +112,15 @@ def load_config(model: str | os.PathLike[str]) -> ModernBertConfig:
     """
     try:
         values, _ = ModernBertConfig.get_config_dict(model)
-    except (OSError, ValueError) as error:
+        model_type = values.get("model_type")
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two where it is JSON, but no object
         raise InputError(f"model {str(model)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
-    if values.get("model_type") != "modernbert":
-        raise InputError(f"model {str(model)!r} is of model_type {values.get('model_type')!r}; it must be 'modernbert'")
+    if model_type != "modernbert":
+        raise InputError(f"model {str(model)!r} is of model_type {model_type!r}; it must be 'modernbert'")
     try:
         return ModernBertConfig.from_dict(values)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"config.json of model {str(model)!r} is not supported: {reason}") from error
