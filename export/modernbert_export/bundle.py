@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
@@ -60,7 +62,7 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
     config = json.loads((directory / "config.json").read_text())
     _write_json(directory / "config.json", {**config, **_older_spellings(model.config)})
     shutil.copyfile(source.path / "tokenizer.json", directory / "tokenizer.json")
-    _write_json(directory / "special_tokens_map.json", dict(source.special_tokens))
+    _write_json(directory / "special_tokens_map.json", _special_tokens_map(source))
     _write_json(
         directory / "tokenizer_config.json",
         {
@@ -97,6 +99,20 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
         directory / "config_sentence_transformers.json",
         {"prompts": dict(source.prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
     )
+
+
+def _special_tokens_map(source: Source) -> dict[str, Any]:
+    """The special tokens with their flags as tokenizer.json has them.
+
+    fastembed adds these tokens to its tokenizer anew: a bare text would take ModernBERT's `lstrip` from [MASK].
+    """
+    tokenizer = Tokenizer.from_file(str(source.path / "tokenizer.json"))
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word")
+    return {
+        name: {flag: getattr(added[text], flag) for flag in flags} if text in added else text
+        for name, text in source.special_tokens.items()
+    }
 
 
 def hash_files(directory: Path) -> dict[str, str]:

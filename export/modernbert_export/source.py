@@ -125,10 +125,14 @@ def _pooling(path: Path, modules: list[str], override: str | None) -> str:
 
 def _max_length(path: Path, config: ModernBertConfig, override: int | None) -> int:
     limit = int(config.max_position_embeddings)
-    wanted = override or _json(path / "sentence_bert_config.json", {}).get("max_seq_length") or limit
-    if override is not None and not 3 <= override <= limit:
-        raise InputError(f"max_length must be 3 to {limit} (max_position_embeddings of the model), not {override}")
-    return min(int(wanted), limit)
+    if override is not None:
+        if not 3 <= override <= limit:
+            raise InputError(f"max_length must be 3 to {limit} (max_position_embeddings of the model), not {override}")
+        return override
+    stated = _json(path / "sentence_bert_config.json", {}).get("max_seq_length")
+    # Tokenizers without a limit state one of 1e30.
+    stated = stated or _json(path / "tokenizer_config.json", {}).get("model_max_length") or limit
+    return int(min(stated, limit))
 
 
 def _special_tokens(path: Path, config: ModernBertConfig) -> dict[str, str]:
