@@ -54,7 +54,7 @@ def eager(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius:
 def sdpa(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:
     """Sequences side by side at the longest one's length, with a dense mask [B, 1, S, S]."""
     length_B = torch.tensor(packing.lengths, device=q_THK.device)
-    rank_BS = torch.arange(max(packing.lengths), device=q_THK.device).expand(len(length_B), -1)
+    rank_BS = torch.arange(max(packing.lengths, default=0), device=q_THK.device).expand(len(length_B), -1)
     valid_BS = rank_BS < length_B[:, None]
 
     def pad(x_TX: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ def _by_sequence(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, 
         shape = (len(packing.lengths), packing.lengths[0])
         return attend(*(x.unflatten(0, shape) for x in (q_THK, k_THK, v_THK))).flatten(0, 1)
     parts = zip(*(x.split(packing.lengths) for x in (q_THK, k_THK, v_THK)), strict=True)
-    return torch.cat([attend(*(x[None] for x in part))[0] for part in parts if len(part[0])])
+    rows = [attend(*(x[None] for x in part))[0] for part in parts if len(part[0])]
+    return torch.cat(rows) if rows else v_THK
 
 
 BACKENDS: Mapping[str, AttentionBackend] = {"eager": eager, "sdpa": sdpa, "banded": banded}

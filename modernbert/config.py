@@ -115,6 +115,8 @@ def load_config(model: str | os.PathLike[str]) -> ModernBertConfig:
         model_type = values.get("model_type")
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two where it is JSON, but no object
         raise InputError(f"model {str(model)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
+    if not values:
+        raise InputError(f"model {str(model)!r} has no config.json; give a directory that save_pretrained() wrote")
     if model_type != "modernbert":
         raise InputError(f"model {str(model)!r} is of model_type {model_type!r}; it must be 'modernbert'")
     try:

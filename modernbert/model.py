@@ -22,8 +22,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.initialization import ones_, trunc_normal_, zeros_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
@@ -67,32 +69,27 @@ class ModernBertPreTrainedModel(transformers.PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        config = self.config
-        narrow = config.initializer_range / math.sqrt(2.0 * config.num_hidden_layers)
-        match module:
-            case ModernBertEmbeddings():
-                _truncated_normal(module.tok_embeddings, config.initializer_range, config)
-            case ModernBertAttention():
-                _truncated_normal(module.Wqkv, config.initializer_range, config)
-                _truncated_normal(module.Wo, narrow, config)
-            case ModernBertMLP():
-                _truncated_normal(module.Wi, config.initializer_range, config)
-                _truncated_normal(module.Wo, narrow, config)
-            case ModernBertPredictionHead():
-                _truncated_normal(module.dense, narrow, config)
-            case ModernBertForMaskedLM():
-                _truncated_normal(module.decoder, narrow, config)
-            case nn.LayerNorm():
-                transformers.initialization.ones_(module.weight)
-                if module.bias is not None:
-                    transformers.initialization.zeros_(module.bias)
+        # transformers calls this for modules that hold parameters themselves, and guards each one already loaded.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = float(module.init_std)  # type: ignore[arg-type]
+            cut = (self.config.initializer_cutoff_factor or 3.0) * std
+            trunc_normal_(module.weight, mean=0.0, std=std, a=-cut, b=cut)
+        elif isinstance(module, nn.LayerNorm):
+            ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            zeros_(module.bias)
 
 
-def _truncated_normal(module: nn.Linear | nn.Embedding, std: float, config: ModernBertConfig) -> None:
-    cut = (config.initializer_cutoff_factor or 3.0) * std
-    transformers.initialization.trunc_normal_(module.weight, mean=0.0, std=std, a=-cut, b=cut)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        transformers.initialization.zeros_(module.bias)
+def _linear(inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Linear:
+    """A linear layer that knows the standard deviation of its initial weights."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer.init_std = std  # type: ignore[assignment]
+    return layer
+
+
+def _narrow_std(config: ModernBertConfig) -> float:
+    """Of layers that add to the residual stream, so that it does not grow with depth."""
+    return float(config.initializer_range) / math.sqrt(2.0 * config.num_hidden_layers)
 
 
 class ModernBertForMaskedLM(ModernBertPreTrainedModel):
@@ -106,7 +103,7 @@ class ModernBertForMaskedLM(ModernBertPreTrainedModel):
         super().__init__(config)
         self.model = ModernBertModel(config)
         self.head = ModernBertPredictionHead(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self.decoder = _linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias, std=_narrow_std(config))
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -259,7 +256,9 @@ class ModernBertPredictionHead(nn.Module):
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
+        self.dense = _linear(
+            config.hidden_size, config.hidden_size, bias=config.classifier_bias, std=_narrow_std(config)
+        )
         self.act = ACT2FN[config.classifier_activation]
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
@@ -274,6 +273,7 @@ class ModernBertEmbeddings(nn.Module):
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.tok_embeddings.init_std = config.initializer_range
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.drop = nn.Dropout(config.embedding_dropout)
 
@@ -307,8 +307,9 @@ class ModernBertAttention(nn.Module):
         super().__init__()
         self.layer_type = layer_type
         self.heads_shape = (config.num_attention_heads, config.head_dim)
-        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.Wqkv = _linear(hidden, 3 * hidden, bias=bias, std=config.initializer_range)
+        self.Wo = _linear(hidden, hidden, bias=bias, std=_narrow_std(config))
         self.out_drop = nn.Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
@@ -323,10 +324,11 @@ class ModernBertMLP(nn.Module):
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
-        self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.Wi = _linear(hidden, 2 * inner, bias=bias, std=config.initializer_range)
         self.act = ACT2FN[config.hidden_activation]
         self.drop = nn.Dropout(config.mlp_dropout)
-        self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.Wo = _linear(inner, hidden, bias=bias, std=_narrow_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -343,10 +345,13 @@ def load_model(model: str | os.PathLike[str]) -> ModernBertModel:
     config = load_config(model)
     try:
         encoder, report = ModernBertModel.from_pretrained(
-            model, config=config, dtype=torch.float32, output_loading_info=True
+            model, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"model {str(model)!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise InputError(f"model {str(model)!r}: weight {name} is {list(stored)}, its config.json wants {list(wanted)}")
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"model {str(model)!r} lacks {len(missing)} weights: {', '.join(missing)}")

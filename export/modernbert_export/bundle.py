@@ -36,9 +36,9 @@ def new_directory(out: Path, *, room: int) -> Iterator[Path]:
         InputError: `out` exists, cannot be written, or the disk is too full.
     """
     out = out.absolute()
-    if out.exists() or out.is_symlink():
-        raise InputError(f"out {str(out)!r} exists; remove it or choose another directory")
     try:
+        if os.path.lexists(out):
+            raise InputError(f"out {str(out)!r} exists; remove it or choose another directory")
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
@@ -51,7 +51,10 @@ def new_directory(out: Path, *, room: int) -> Iterator[Path]:
             )
         yield partial
         _share(partial)
-        os.rename(partial, out)
+        try:
+            os.rename(partial, out)
+        except OSError as error:
+            raise InputError(f"out {str(out)!r} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

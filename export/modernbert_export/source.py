@@ -86,6 +86,8 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
 
 
 def _locate(model: str) -> Path:
+    if not model:
+        raise InputError("model '' is empty; give a checkpoint directory or a hub id (owner/name)")
     if Path(model).is_dir():
         return Path(model).resolve()
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
@@ -101,9 +103,13 @@ def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+    items = content if isinstance(content, list) else []
+    if type(content) is not type(default) or not all(isinstance(item, dict) for item in items):
+        raise InputError(f"{path} does not have the form that sentence-transformers writes; save the model again")
+    return content
 
 
 def _pooling(path: Path, modules: list[str], override: str | None) -> str:
@@ -132,6 +138,8 @@ def _max_length(path: Path, config: ModernBertConfig, override: int | None) -> i
     stated = _json(path / "sentence_bert_config.json", {}).get("max_seq_length")
     # Tokenizers without a limit state one of 1e30.
     stated = stated or _json(path / "tokenizer_config.json", {}).get("model_max_length") or limit
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or stated < 3:
+        raise InputError(f"max_seq_length of model {path.name!r} must be at least 3, not {stated!r}; pass max_length")
     return int(min(stated, limit))
 
 

@@ -23,6 +23,7 @@ import transformers
 from numpy.typing import NDArray
 
 from modernbert.config import ModernBertConfig
+from modernbert.errors import InputError
 from modernbert.model import ModernBertModel, load_model
 from modernbert_export.source import open_source
 from modernbert_export.trace import OUTPUTS
@@ -95,16 +96,16 @@ class ParityReport:
     def summary(self) -> dict[str, float]:
         """The worst of each figure over all comparisons."""
         return {
-            "max_abs_error": max(row.max_abs_error for row in self.comparisons),
-            "min_cosine": min(row.min_cosine for row in self.comparisons),
-            "min_pooled_cosine": min(row.min_pooled_cosine for row in self.comparisons),
+            "max_abs_error": float(np.max([row.max_abs_error for row in self.comparisons])),
+            "min_cosine": float(np.min([row.min_cosine for row in self.comparisons])),
+            "min_pooled_cosine": float(np.min([row.min_pooled_cosine for row in self.comparisons])),
         }
 
     def to_json(self) -> str:
         """Everything, for machines."""
         tolerance = {"max_abs_error": MAX_ABS_ERROR[self.precision], "min_cosine": MIN_COSINE[self.precision]}
         fields = {**asdict(self), "tolerance": tolerance, "summary": self.summary(), "passed": not self.failures}
-        return json.dumps(fields, indent=2) + "\n"
+        return json.dumps(_without_nan(fields), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         """The same as a table."""
@@ -179,7 +180,7 @@ def verify(
     del stock
 
     rows = [
-        _compare(case, name, feed["attention_mask"] != 0, got, want)
+        _compare(case, name, feed["attention_mask"] != 0, got, want, pooling)
         for name, wanted in (("float64 eager", exact), ("transformers", known))
         for case, feed, got, want in zip(cases, inputs, actual, wanted, strict=True)
     ]
@@ -202,7 +203,18 @@ def verify_bundle(
     """
     bundle = Bundle.open(directory)
     manifest = bundle.manifest
-    checkpoint = Path(bundle.root) if reference is None else open_source(reference).path
+    if reference is None:
+        checkpoint = bundle.root
+        for name in manifest.files:
+            bundle.path_of(name)
+    else:
+        source = open_source(reference)
+        checkpoint = source.path
+        if source.config.hidden_size != manifest.dimension:
+            raise InputError(
+                f"reference {reference!r} has hidden_size {source.config.hidden_size}, the bundle has "
+                f"{manifest.dimension}; give the checkpoint that it was exported from"
+            )
     return [
         verify(
             bundle.onnx_path(artifact),
@@ -288,18 +300,29 @@ def _pool(hidden: Array, mask: Array, pooling: str, normalize: bool) -> Array:
     return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-12) if normalize else pooled
 
 
-def _compare(case: Case, reference: str, valid: Array, got: Outputs, want: Outputs) -> Comparison:
+def _compare(case: Case, reference: str, valid: Array, got: Outputs, want: Outputs, pooling: str) -> Comparison:
     hidden, pooled = OUTPUTS
-    rows = valid.any(-1)
+    # The first position of a row that is padded left has no reference: torch gives zeros there.
+    rows = valid[:, 0] if pooling == "cls" else valid.any(-1)
     # NaN anywhere, padding included, must not hide.
     finite = all(np.isfinite(value).all() for value in got.values())
+    errors = (np.abs(got[hidden] - want[hidden])[valid].max(), np.abs(got[pooled] - want[pooled])[rows].max())
     return Comparison(
         case=case,
         reference=reference,
-        max_abs_error=float(np.abs(got[hidden] - want[hidden])[valid].max()) if finite else float("nan"),
+        max_abs_error=float(max(errors)) if finite else float("nan"),
         min_cosine=float(_cosine(got[hidden][valid], want[hidden][valid]).min()),
         min_pooled_cosine=float(_cosine(got[pooled][rows], want[pooled][rows]).min()),
     )
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _cosine(a: Array, b: Array) -> Array:

@@ -32,7 +32,10 @@ def read_texts(path: Path | None, *, field: str) -> list[str]:
         InputError: the file is missing, of an unknown kind, not UTF-8, or a row lacks the field; the row is named.
     """
     if path is None:
-        return [line.rstrip("\n") for line in sys.stdin]
+        try:
+            return [line.rstrip("\n") for line in sys.stdin]
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8 (byte {error.start}); convert it first") from error
     if path.suffix not in READS:
         raise InputError(f"input {str(path)!r} must end in one of {', '.join(READS)}")
     try:
@@ -52,7 +55,13 @@ def check_output(path: Path) -> None:
     """
     if path.suffix not in WRITES:
         raise InputError(f"out {str(path)!r} must end in one of {', '.join(WRITES)}")
-    if path.exists():
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"out {str(path)!r} cannot be written: {error.strerror}") from error
+    else:
         raise InputError(f"out {str(path)!r} exists; remove it or choose another name")
     if not os.access(path.absolute().parent, os.W_OK):
         raise InputError(f"out {str(path)!r} cannot be written: its directory is missing or not writable")
@@ -84,6 +93,7 @@ def _rows(file: TextIO, path: Path, field: str) -> Iterator[str]:
 def _records(file: TextIO, path: Path) -> Iterator[Any]:
     if path.suffix == ".csv":
         try:
+            csv.field_size_limit(2**31 - 1)
             yield from csv.DictReader(file, strict=True)
         except csv.Error as error:
             raise InputError(f"input {str(path)!r} is not valid CSV: {error}") from error
@@ -92,7 +102,7 @@ def _records(file: TextIO, path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"input {str(path)!r}: line {number} is not JSON: {error}") from error
 
 

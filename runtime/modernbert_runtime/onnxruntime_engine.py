@@ -39,7 +39,7 @@ class OnnxRuntimeEngine:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}: pass None to let ONNX Runtime choose")
         try:
-            import onnxruntime as ort  # type: ignore[import-untyped]
+            import onnxruntime as ort
         except ImportError as error:
             raise EngineError(
                 f'onnxruntime cannot be imported ({one_line(error)}): pip install "modernbert-deploy[cpu]"'

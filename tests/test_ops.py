@@ -1,0 +1,231 @@
+"""Each graph operator: its torch reference against the model's own attention, each ONNX body against that reference.
+
+The bodies run alone in ONNX Runtime, one node with its function attached, so that a mistake shows here and not as a
+number in a parity report.
+"""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from modernbert.attention import eager, rotary_tables
+from modernbert.packing import Packing
+from modernbert_export.lower import IR_VERSION
+from modernbert_export.ops import OPS
+from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, QUERY_BLOCK
+from modernbert_export.ops.local_attention import LOCAL_ATTENTION
+from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
+from modernbert_export.ops.rotary import ROTARY
+from modernbert_export.trace import OPSET_VERSION
+
+HEADS, SIZE = 2, 6
+# fp32 against float64: a softmax over at most some hundred keys and a mean of values of size 1.
+FP32 = dict(atol=5e-6, rtol=1e-5)
+# A key that is hidden by -1e9 has a weight of exactly 0, in any precision.
+FP64 = dict(atol=1e-12, rtol=1e-12)
+TARGETS = sorted({target for op in OPS for target in op.bodies})
+RADII = (1, 3, 8)
+
+
+def qkv(batch: int, length: int) -> list[Tensor]:
+    """[B, H, S, K] in float64 holding fp32 values, so that both sides start from the same.
+
+    Large enough that softmax is far from uniform: a wrong key shows.
+    """
+    generator = torch.Generator().manual_seed(100 * batch + length)
+    q, k, v = (2 * torch.randn(batch, HEADS, length, SIZE, generator=generator) for _ in range(3))
+    # The operators take queries that are scaled already.
+    return [x.double() for x in (q * SIZE**-0.5, k, v)]
+
+
+def angles(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [S, K / 2]."""
+    cos, sin = rotary_tables(torch.arange(length), 100.0, SIZE, dtype)
+    return cos[:, 0], sin[:, 0]
+
+
+def masks(batch: int, length: int) -> dict[str, Tensor]:
+    """1 on tokens, 0 on padding. Rows differ; where there are three, one has no token at all."""
+    kept = max(1, length // 2)
+    ones = torch.ones(batch, length, dtype=torch.int64)
+    right, left, holes = ones.clone(), ones.clone(), ones.clone()
+    right[-1, kept:] = 0
+    left[-1, : length - kept] = 0
+    holes[:, length // 3 : length // 2] = 0
+    if batch == 3:
+        right[0] = left[1] = 0
+    return {"none": ones, "right": right, "left": left, "holes": holes}
+
+
+def key_bias(mask: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (1 - mask.to(dtype)) * HIDDEN_KEY
+
+
+def one_node_model(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: list[int]) -> bytes:
+    """A model of one node of ours, all axes dynamic, with the target's body attached as a function."""
+    op.register_schema()
+    node = helper.make_node(op.name, op.inputs, ["y"], domain=OPSET.domain, **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}{axis}" for axis in range(rank)])
+        for name, rank in zip(op.inputs, ranks, strict=True)
+    ]
+    graph = helper.make_graph(
+        [node], op.name, inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
+    )
+    opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(OPSET.domain, OPSET.version)]
+    function = op.bodies[target].to_function_proto()
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=[function])
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def session(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: list[int]) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(
+        one_node_model(op, target, attributes, ranks), providers=["CPUExecutionProvider"]
+    )
+
+
+def run(session: onnxruntime.InferenceSession, op: GraphOp, *inputs: Tensor) -> Tensor:
+    feed = {name: x.float().numpy() for name, x in zip(op.inputs, inputs, strict=True)}
+    return torch.from_numpy(session.run(None, feed)[0]).double()
+
+
+def by_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, radius: int | None) -> Tensor:
+    """What the model computes on these tokens, [T, H, K]; it scales the queries itself."""
+    packing = Packing.from_mask(mask)
+    return eager(*(packing.pack(x.transpose(1, 2)) for x in (q * SIZE**0.5, k, v)), packing, radius, 0.0)
+
+
+def on_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """[B, H, S, K] -> [T, H, K]."""
+    return x.transpose(1, 2)[mask != 0]
+
+
+def test_every_operator_is_tested_here() -> None:
+    assert [op.name for op in OPS] == [op.name for op in (ROTARY, LOCAL_ATTENTION, GLOBAL_ATTENTION)]
+    for op in OPS:
+        assert not onnx.defs.has(op.name), f"{op.name} is the name of a built-in operator"
+        for target in op.bodies:
+            proto = op.bodies[target].to_function_proto()
+            assert (proto.name, proto.domain, tuple(proto.input)) == (op.name, OPSET.domain, op.inputs)
+            assert set(proto.attribute) == set(op.attributes)
+            assert {node.domain for node in proto.node} <= {"", "ai.onnx"}
+
+
+# The references
+
+
+@pytest.mark.parametrize("radius", [None, *RADII])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_reference_is_the_models_attention(radius: int | None, batch: int) -> None:
+    for length in range(1, 3 * (radius or 5) + 3):
+        inputs = qkv(batch, length)
+        for padding, mask in masks(batch, length).items():
+            if radius is None:
+                y = GLOBAL_ATTENTION.torch_op(*inputs, key_bias(mask))
+            else:
+                y = LOCAL_ATTENTION.torch_op(*inputs, key_bias(mask), radius)
+            assert y.isfinite().all()
+            want = by_eager(*inputs, mask, radius)
+            torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
+
+
+def test_rotary_reference_turns_by_the_angle() -> None:
+    # Against complex numbers, which share nothing with the split-half form.
+    x = qkv(2, 7)[0]
+    cos, sin = angles(7, torch.float64)
+    y = ROTARY.torch_op(x, cos, sin)
+    first, second = x.chunk(2, -1)
+    turned = torch.complex(first, second) * torch.complex(cos, sin)
+    torch.testing.assert_close(y, torch.cat((turned.real, turned.imag), -1), **FP64)
+    assert torch.equal(y[:, :, 0], x[:, :, 0])
+    assert (y[:, :, 1:] - x[:, :, 1:]).abs().amax((0, 1, 3)).min() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_operators_are_well_formed_for_torch_export(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in qkv(2, 9))
+    bias = key_bias(masks(2, 9)["right"], dtype)
+    tables = angles(9, dtype)
+    # A transposed view too: what an operator says of its result's memory must hold for any input.
+    for view in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for op, arguments in (
+            (ROTARY, (view(q), *tables)),
+            (GLOBAL_ATTENTION, (view(q), view(k), view(v), bias)),
+            (LOCAL_ATTENTION, (view(q), view(k), view(v), bias, 3)),
+        ):
+            torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# The bodies
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("radius", RADII)
+def test_local_attention_body_equals_its_reference(target: str, radius: int) -> None:
+    op = LOCAL_ATTENTION
+    runner = session(op, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 2])
+    for batch, length in product((1, 2, 3), range(1, 3 * radius + 3)):
+        inputs = qkv(batch, length)
+        for padding, mask in masks(batch, length).items():
+            y = run(runner, op, *inputs, key_bias(mask))
+            want = op.torch_op(*inputs, key_bias(mask), radius)
+            check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_local_attention_body_equals_its_reference_at_the_real_radius(target: str) -> None:
+    op, radius = LOCAL_ATTENTION, 64
+    runner = session(op, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 2])
+    for length in (1, 63, 64, 65, 127, 128, 129, 130, 193, 300):
+        inputs, mask = qkv(2, length), masks(2, length)["left"]
+        y = run(runner, op, *inputs, key_bias(mask))
+        check(y, op.torch_op(*inputs, key_bias(mask), radius), mask, f"length {length}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_global_attention_body_equals_its_reference(target: str) -> None:
+    op = GLOBAL_ATTENTION
+    runner = session(op, target, dict(num_heads=HEADS), [4, 4, 4, 2])
+    edges = [edge + step for edge in (QUERY_BLOCK, 2 * QUERY_BLOCK) for step in (-1, 0, 1)]
+    for batch, length in [*product((1, 2, 3), (1, 2, 3, 7, 16)), *product((1, 3), edges)]:
+        inputs = qkv(batch, length)
+        for padding, mask in masks(batch, length).items():
+            y = run(runner, op, *inputs, key_bias(mask))
+            check(y, op.torch_op(*inputs, key_bias(mask)), mask, f"batch {batch}, length {length}, padding {padding}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotary_body_equals_its_reference(target: str) -> None:
+    runner = session(ROTARY, target, {}, [4, 2, 2])
+    for batch, length in product((1, 2, 3), (1, 2, 9)):
+        x = qkv(batch, length)[0]
+        tables = [table.double() for table in angles(length, torch.float32)]
+        torch.testing.assert_close(run(runner, ROTARY, x, *tables), ROTARY.torch_op(x, *tables), **FP32)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", [1e4, 1e-30], ids=str)
+def test_extreme_scores_stay_finite(target: str, size: float) -> None:
+    mask = masks(3, 11)["right"]
+    inputs = [size * x for x in qkv(3, 11)[:2]] + qkv(3, 11)[2:]
+    for op, attributes in ((LOCAL_ATTENTION, dict(radius=3)), (GLOBAL_ATTENTION, {})):
+        runner = session(op, target, dict(num_heads=HEADS, **attributes), [4, 4, 4, 2])
+        y = run(runner, op, *inputs, key_bias(mask))
+        assert y.isfinite().all()
+        if size < 1:  # scores of 0: the mean over visible keys; a hidden one among them would show
+            check(y, op.torch_op(*inputs, key_bias(mask), *attributes.values()), mask, op.name)
+
+
+def check(y: Tensor, want: Tensor, mask: Tensor, what: str) -> None:
+    """Equal on tokens; on padding, whose value nobody reads, finite and of the right shape."""
+    assert y.shape == want.shape, what
+    assert np.isfinite(y.numpy()).all(), what
+    torch.testing.assert_close(on_tokens(y, mask), on_tokens(want, mask), **FP32, msg=lambda text: f"{what}: {text}")
