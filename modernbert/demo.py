@@ -21,8 +21,8 @@ from modernbert.config import ModernBertConfig
 from modernbert.data.corpus import Section, documents, read_sections, retrieval_pairs, split
 from modernbert.data.tokenizer import save_tokenizer, train_tokenizer
 from modernbert.model import ModernBertForMaskedLM
+from modernbert.output import whole_directory
 from modernbert.training.finetune import finetune, sentence_transformer
-from modernbert.training.output import whole_directory
 from modernbert.training.pretrain import config_for, pretrain
 from modernbert.training.progress import quiet_transformers
 from modernbert.training.retrieval import RetrievalScores, retrieval_scores, top

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import modernbert_export.export as export_module
 from modernbert.errors import InputError
 from modernbert.model import load_model
-from modernbert_export.bundle import new_directory
+from modernbert.output import whole_directory
 from modernbert_export.errors import ParityError
 from modernbert_export.export import check_saved, export
 from modernbert_export.source import open_source
@@ -374,7 +374,7 @@ def test_interrupted_export_leaves_nothing(
 
 def test_directory_appears_at_the_end_only(tmp_path: Path) -> None:
     out = tmp_path / "a/b"
-    with new_directory(out, room=1) as partial:
+    with whole_directory(out, room=1) as partial:
         (partial / "file").write_text("x")
         assert not out.exists()
         assert partial.parent == out.parent
@@ -397,7 +397,7 @@ def test_existing_output_is_refused_before_any_work(bundle: Path, checkpoint: Pa
 
 
 def test_full_disk_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="MiB of disk"), new_directory(tmp_path / "out", room=1 << 60):
+    with pytest.raises(InputError, match="MiB of disk"), whole_directory(tmp_path / "out", room=1 << 60):
         pytest.fail("the block must not run")
     assert not list(tmp_path.iterdir())
 
@@ -406,7 +406,7 @@ def test_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
     out = tmp_path / "out"
 
     def make() -> None:
-        with new_directory(out, room=1) as partial:
+        with whole_directory(out, room=1) as partial:
             (partial / "file").touch()
             out.mkdir()
             (out / "precious").touch()

@@ -1,4 +1,4 @@
-"""The files of a bundle beside the graph, and how a directory comes to be whole or not at all.
+"""The files of a bundle beside the graph.
 
 Other tools find what they look for: a transformers checkpoint with its tokenizer, and the files by which
 sentence-transformers knows how to pool. `manifest.json` (see `modernbert_runtime.manifest`) is ours.
@@ -6,57 +6,17 @@ sentence-transformers knows how to pool. `manifest.json` (see `modernbert_runtim
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
 from modernbert_export.source import Source
 from modernbert_runtime.manifest import sha256_file
-
-
-@contextlib.contextmanager
-def new_directory(out: Path, *, room: int) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its name when the block ends well, and is removed otherwise.
-
-    Args:
-        out: the directory to make; parents are made too.
-        room: bytes that the disk must have free.
-
-    Raises:
-        InputError: `out` exists, cannot be written, or the disk is too full.
-    """
-    out = out.absolute()
-    try:
-        if os.path.lexists(out):
-            raise InputError(f"out {str(out)!r} exists; remove it or choose another directory")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"out {str(out)!r} cannot be written: {error.strerror}") from error
-    try:
-        free = shutil.disk_usage(partial).free
-        if free < room:
-            raise InputError(
-                f"out {str(out)!r} needs about {room >> 20} MiB of disk, {free >> 20} MiB are free; choose another disk"
-            )
-        yield partial
-        _share(partial)
-        try:
-            os.rename(partial, out)
-        except OSError as error:
-            raise InputError(f"out {str(out)!r} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model_files(source: Source, model: ModernBertModel, directory: Path) -> None:
@@ -122,14 +82,6 @@ def hash_files(directory: Path) -> dict[str, str]:
     """Relative POSIX path -> sha256 of every file in a directory."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {path.relative_to(directory).as_posix(): sha256_file(path) for path in files}
-
-
-def _share(directory: Path) -> None:
-    """mkdtemp and safetensors write for the owner alone; a bundle gets what the user's umask gives."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in (directory, *directory.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _older_spellings(config: ModernBertConfig) -> dict[str, Any]:

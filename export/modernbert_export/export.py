@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from modernbert.config import ModernBertConfig
 from modernbert.model import load_model
-from modernbert_export.bundle import hash_files, new_directory, write_model_files
+from modernbert.output import whole_directory
+from modernbert_export.bundle import hash_files, write_model_files
 from modernbert_export.errors import ParityError
 from modernbert_export.lower import IR_VERSION, lower
 from modernbert_export.source import open_source
@@ -48,7 +49,7 @@ def export(
     """
     source = open_source(model, pooling=pooling, max_length=max_length)
     weights = sum(path.stat().st_size for path in source.weight_files)
-    with new_directory(Path(out), room=2 * _fp32_bytes(source.config, weights) + EXTRA_BYTES) as partial:
+    with whole_directory(Path(out), room=2 * _fp32_bytes(source.config, weights) + EXTRA_BYTES) as partial:
         progress("loading the checkpoint")
         encoder = load_model(source.path)
         write_model_files(source, encoder, partial)

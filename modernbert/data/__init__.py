@@ -1,0 +1,1 @@
+"""Text, tokenizers and masking: everything between files and the batches that training reads."""

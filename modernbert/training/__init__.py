@@ -1,0 +1,1 @@
+"""Pretraining, contrastive fine-tuning and their evaluation, through transformers and sentence-transformers."""
