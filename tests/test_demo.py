@@ -10,13 +10,8 @@ from modernbert_runtime import Embedder
 WORDS = ["file", "socket", "thread", "parser", "header", "buffer", "queue", "signal", "locale", "archive", "digest"]
 RECIPE = Recipe(
     vocab_size=512,
-    model=(
-        ("hidden_size", 32),
-        ("num_hidden_layers", 2),
-        ("num_attention_heads", 2),
-        ("intermediate_size", 32),
-        ("max_position_embeddings", 64),
-    ),
+    overrides={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    max_length=64,
     pretrain_steps=2,
     pretrain_batch_tokens=512,
     pretrain_max_length=64,

@@ -41,12 +41,8 @@ class ProgressBar(TrainerCallback):
         if "loss" in (newest := state.log_history[-1]):
             self._progress.update(self._task, loss=f"{newest['loss']:.3f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the full bar on the screen."""
-        self.stop()
-
     def stop(self) -> None:
-        """Gives the terminal back, however training ended."""
+        """Leaves the bar on the screen and gives the terminal back."""
         self._progress.stop()
 
 
