@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,12 +20,13 @@ from modernbert_runtime.errors import ModernBertRuntimeError
 
 app = typer.Typer(
     help="Train a ModernBERT, export it with proven parity, embed text without torch.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)
+# Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
+UsageError: Any = typer.BadParameter.__base__
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory that `modernbert export` wrote.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")]
@@ -111,7 +112,12 @@ def embed(
 def main() -> None:
     """Entry point: turns the errors of all packages into one line and an exit code."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "modernbert"
+        _fail(f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help", 2)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
     except (InputError, ModernBertRuntimeError) as error:
         _fail(str(error), 2)
     except ImportError as error:

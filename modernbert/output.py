@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -52,10 +53,12 @@ def whole_directory(out: Path, *, room: int = 0) -> Iterator[Path]:
             )
         yield partial
         _share(partial)
-        try:
-            os.rename(partial, out)
-        except OSError as error:
+        os.rename(partial, out)
+    except OSError as error:
+        # The disk filled up, or `out` appeared meanwhile. Whatever else fails in the block is not about `out`.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise _unwritable(out, error) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -487,3 +487,23 @@ def test_embed_refuses_an_output_before_any_work(
     assert_refused(run("embed", bundle, "--out", tmp_path / out, stdin=b"a\n"), named)
     assert (tmp_path / "taken.npy").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["taken.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["embed"], "BUNDLE"),
+        (["embed", "bundle", "--threads", "many"], "--threads"),
+        (["export", "model"], "--out"),
+        (["verify", "bundle", "--bogus"], "--bogus"),
+        (["translate"], "translate"),
+    ],
+)
+def test_bad_usage_is_one_line(run: Run, arguments: list[str], named: str) -> None:
+    assert_refused(run(*arguments), named)
+
+
+def test_without_a_command_the_commands_are_listed(run: Run) -> None:
+    result = run()
+    assert result.code == 0
+    assert all(command in result.out for command in ("demo", "export", "verify", "embed"))

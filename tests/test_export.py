@@ -1,6 +1,8 @@
 """From checkpoint to bundle: what the file is, what the directory holds, and that it is whole or absent."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -399,6 +401,17 @@ def test_existing_output_is_refused_before_any_work(bundle: Path, checkpoint: Pa
 def test_full_disk_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="MiB of disk"), whole_directory(tmp_path / "out", room=1 << 60):
         pytest.fail("the block must not run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / "file").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(InputError, match="No space left"):
+        write()
     assert not list(tmp_path.iterdir())
 
 

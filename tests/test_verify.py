@@ -13,7 +13,8 @@ from onnx import numpy_helper
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
-from modernbert_export.verify import Case, Comparison, ParityReport, fidelity_grid, verify, verify_bundle
+from modernbert_export.parity import Case, Comparison, ParityReport
+from modernbert_export.verify import fidelity_grid, verify, verify_bundle
 from modernbert_runtime import BundleError
 
 CASE = Case(batch=1, length=7, padding="none")

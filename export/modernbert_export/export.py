@@ -65,7 +65,7 @@ def export(
 
         report = verify(
             file,
-            partial,
+            source.path,
             artifact="onnx/model.onnx",
             precision="fp32",
             pooling=source.pooling,

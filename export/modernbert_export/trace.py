@@ -14,12 +14,12 @@ import warnings
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.attention import rotary_tables
 from modernbert.config import LayerType
 from modernbert.model import ModernBertModel
+from modernbert.pooling import EmbeddingHead
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import global_attention
 from modernbert_export.ops.local_attention import local_attention
@@ -38,7 +38,7 @@ class TracedEmbedder(nn.Module):
 
     def __init__(self, model: ModernBertModel, *, pooling: str, normalize: bool) -> None:
         super().__init__()
-        self.model, self.pooling, self.normalize = model, pooling, normalize
+        self.model, self.head = model, EmbeddingHead(pooling, normalize=normalize)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """[B, S] ids and mask -> the two outputs, then the hidden states (the input of every layer)."""
@@ -62,15 +62,7 @@ class TracedEmbedder(nn.Module):
             return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
 
         x_BSD, hidden = self.model.encode(x_BSD, attend, keep_hidden=True)
-        return x_BSD, self._pool(x_BSD, attention_mask), *hidden[:-1]
-
-    def _pool(self, x_BSD: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.pooling == "cls":
-            y_BD = x_BSD[:, 0]
-        else:
-            mask_BS1 = attention_mask.to(x_BSD.dtype)[:, :, None]
-            y_BD = (x_BSD * mask_BS1).sum(1) / mask_BS1.sum(1).clamp(min=1)
-        return F.normalize(y_BD, dim=-1, eps=1e-12) if self.normalize else y_BD
+        return x_BSD, self.head(x_BSD, attention_mask), *hidden[:-1]
 
 
 def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:

@@ -7,11 +7,8 @@ left with one row of nothing but padding.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from numpy.typing import NDArray
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
 from modernbert.model import ModernBertModel, load_model
+from modernbert_export.parity import MAX_ABS_ERROR, Case, Comparison, ParityReport
 from modernbert_export.source import open_source
 from modernbert_export.trace import OUTPUTS
 from modernbert_runtime.bundle import Bundle
@@ -33,99 +31,8 @@ Array = NDArray[Any]
 Outputs = dict[str, Array]
 Progress = Callable[[str], None]
 
-# Of one forward pass in fp32 against exact arithmetic, on valid tokens.
-MAX_ABS_ERROR = {"fp32": 1e-4}
-MIN_COSINE = {"fp32": 0.999999}
 # Dense references at 2,048 and 8,192 tokens take long on real widths; the graph is the same at any width.
 LONG_LENGTHS, LONG_MAX_HIDDEN = (2048, 8192), 256
-SEED = 20_240_519
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One input of the grid: a seeded batch [batch, length] with its padding."""
-
-    batch: int
-    length: int
-    padding: str
-
-    def inputs(self, vocab_size: int) -> dict[str, Array]:
-        """`input_ids` and `attention_mask`, int64 [batch, length]; rows of one batch differ in length."""
-        generator = np.random.default_rng([SEED, self.batch, self.length])
-        ids = generator.integers(0, vocab_size, (self.batch, self.length))
-        mask = np.ones_like(ids)
-        kept = max(1, self.length // 2)
-        if self.padding == "right":
-            mask[1, kept:] = 0
-        elif self.padding == "left":
-            mask[1, : self.length - kept] = 0
-            mask[2] = 0
-        return {"input_ids": ids, "attention_mask": mask}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """How far the artifact is from one reference on one case; the cosines are the worst over tokens and texts."""
-
-    case: Case
-    reference: str
-    max_abs_error: float
-    min_cosine: float
-    min_pooled_cosine: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParityReport:
-    """All comparisons of one artifact, and what they had to reach."""
-
-    artifact: str
-    precision: str
-    comparisons: tuple[Comparison, ...]
-    first_difference: str | None = None
-
-    @property
-    def failures(self) -> list[Comparison]:
-        """Comparisons outside the tolerance, NaN among them."""
-        return [row for row in self.comparisons if not self._holds(row)]
-
-    def _holds(self, row: Comparison) -> bool:
-        return row.max_abs_error <= MAX_ABS_ERROR[self.precision] and all(
-            cosine >= MIN_COSINE[self.precision] for cosine in (row.min_cosine, row.min_pooled_cosine)
-        )
-
-    def summary(self) -> dict[str, float]:
-        """The worst of each figure over all comparisons."""
-        return {
-            "max_abs_error": float(np.max([row.max_abs_error for row in self.comparisons])),
-            "min_cosine": float(np.min([row.min_cosine for row in self.comparisons])),
-            "min_pooled_cosine": float(np.min([row.min_pooled_cosine for row in self.comparisons])),
-        }
-
-    def to_json(self) -> str:
-        """Everything, for machines."""
-        tolerance = {"max_abs_error": MAX_ABS_ERROR[self.precision], "min_cosine": MIN_COSINE[self.precision]}
-        fields = {**asdict(self), "tolerance": tolerance, "summary": self.summary(), "passed": not self.failures}
-        return json.dumps(_without_nan(fields), indent=2, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        """The same as a table."""
-        lines = [
-            f"# Parity of {self.artifact}",
-            "",
-            f"Tolerance ({self.precision}): max abs error <= {MAX_ABS_ERROR[self.precision]:g} and cosine >= "
-            f"{MIN_COSINE[self.precision]:g} on valid tokens. Result: {'FAILED' if self.failures else 'passed'}.",
-            *([f"First layer that differs: {self.first_difference}."] if self.first_difference else []),
-            "",
-            "| reference | batch | length | padding | max abs error | min cosine | min pooled cosine | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in self.comparisons:
-            lines.append(
-                f"| {row.reference} | {row.case.batch} | {row.case.length} | {row.case.padding} "
-                f"| {row.max_abs_error:.2e} | {row.min_cosine:.8f} | {row.min_pooled_cosine:.8f} "
-                f"| {'' if self._holds(row) else 'FAILED'} |"
-            )
-        return "\n".join(lines) + "\n"
 
 
 def fidelity_grid(config: ModernBertConfig, max_length: int) -> list[Case]:
@@ -174,9 +81,9 @@ def verify(
     actual = [_run(session, feed) for feed in _told(inputs, progress, "ONNX Runtime")]
     del session
     model.double()
-    exact = [_run_ours(model, feed, pooling, normalize) for feed in _told(inputs, progress, "float64 eager")]
+    exact = [_run_torch(model, feed, pooling, normalize) for feed in _told(inputs, progress, "float64 eager")]
     stock = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32, attn_implementation="sdpa").eval()
-    known = [_run_stock(stock, feed, pooling, normalize) for feed in _told(inputs, progress, "transformers")]
+    known = [_run_torch(stock, feed, pooling, normalize) for feed in _told(inputs, progress, "transformers")]
     del stock
 
     rows = [
@@ -234,8 +141,7 @@ def first_difference(onnx_file: Path, model: ModernBertModel, case: Case, tolera
     """Names the first layer whose output differs from a float64 model's by more than the tolerance."""
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
-    with _exposed(onnx_file, names) as exposed:
-        values = open_session(exposed).run([*names, OUTPUTS[0]], feed)
+    values = open_session(onnx_file, also_output=names).run([*names, OUTPUTS[0]], feed)
     with torch.no_grad():
         wanted = model(**_tensors(feed), output_hidden_states=True).hidden_states
     valid = feed["attention_mask"] != 0
@@ -247,22 +153,17 @@ def first_difference(onnx_file: Path, model: ModernBertModel, case: Case, tolera
     return f"none of the layers; the pooled output alone, at batch {case.batch}, length {case.length}"
 
 
-def open_session(onnx_file: Path) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, with its own default settings."""
-    return onnxruntime.InferenceSession(os.fspath(onnx_file), providers=["CPUExecutionProvider"])
-
-
-@contextlib.contextmanager
-def _exposed(onnx_file: Path, names: list[str]) -> Iterator[Path]:
-    """A copy of the graph, beside the original and its weights, that also outputs the named values."""
+def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
     proto = onnx.load(onnx_file, load_external_data=False)
-    proto.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
-    copy = onnx_file.with_suffix(".debug.onnx")
-    try:
-        onnx.save(proto, copy)
-        yield copy
-    finally:
-        copy.unlink(missing_ok=True)
+    proto.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in also_output
+    )
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
+    )
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _told(inputs: list[dict[str, Array]], progress: Progress, who: str) -> Iterator[dict[str, Array]]:
@@ -276,13 +177,7 @@ def _run(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> Outpu
 
 
 @torch.no_grad()
-def _run_ours(model: ModernBertModel, feed: dict[str, Array], pooling: str, normalize: bool) -> Outputs:
-    hidden = model(**_tensors(feed)).last_hidden_state
-    return {OUTPUTS[0]: hidden.numpy(), OUTPUTS[1]: _pool(hidden.numpy(), feed["attention_mask"], pooling, normalize)}
-
-
-@torch.no_grad()
-def _run_stock(model: Any, feed: dict[str, Array], pooling: str, normalize: bool) -> Outputs:
+def _run_torch(model: Any, feed: dict[str, Array], pooling: str, normalize: bool) -> Outputs:
     hidden = model(**_tensors(feed)).last_hidden_state.numpy()
     return {OUTPUTS[0]: hidden, OUTPUTS[1]: _pool(hidden, feed["attention_mask"], pooling, normalize)}
 
@@ -314,15 +209,6 @@ def _compare(case: Case, reference: str, valid: Array, got: Outputs, want: Outpu
         min_cosine=float(_cosine(got[hidden][valid], want[hidden][valid]).min()),
         min_pooled_cosine=float(_cosine(got[pooled][rows], want[pooled][rows]).min()),
     )
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _cosine(a: Array, b: Array) -> Array:
