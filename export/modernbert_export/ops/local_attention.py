@@ -3,7 +3,7 @@
 The sequence is cut into blocks of one radius; a block of queries meets the keys of its own block and of its two
 neighbours, so time and memory grow with S * radius.
 
-Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W radius, L = 3 W keys that a block meets.
+Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries of a block, L keys that it meets.
 """
 
 import torch
@@ -38,18 +38,22 @@ def _node(q, k, v, key_bias, radius):
 def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
     """Banded, standard operators. What depends on `key_bias` alone is the same in all layers, and merged there."""
     batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
-    width = op.Constant(value_int=radius)
-    blocks = op.Div(op.Squeeze(length) + width - 1, width)
-    # Where a block's keys stand, one block to the left of its first query on. Beyond the ends the nearest token is
-    # taken, and hidden; so is every query beyond the end, until it is cut off.
+    tokens = op.Squeeze(length)
+    # Up to three radii, one block of everything is less work than blocks with neighbours.
+    short = op.Cast(tokens <= radius * 3, to=7)
+    width = short * tokens + (1 - short) * radius
+    beside = (1 - short) * radius
+    blocks = (tokens + width - 1) / width
+    # Where a block's keys stand, from its left neighbour on. Beyond the ends the nearest token is taken, and hidden;
+    # so is every query beyond the end, until it is cut off.
     start_N1 = op.Unsqueeze(op.Range(0, blocks, 1) * width, [1])
-    offset_L = op.Range(op.Neg(width), width * 2, 1)
+    offset_L = op.Range(op.Neg(beside), width + beside, 1)
     offset_W = op.Range(0, width, 1)
     key_NL = start_N1 + offset_L
-    nearest_NL = op.Clip(key_NL, 0, op.Squeeze(length) - 1)
-    query_NW = op.Min(start_N1 + offset_W, op.Squeeze(length) - 1)
+    nearest_NL = op.Clip(key_NL, 0, tokens - 1)
+    query_NW = op.Min(start_N1 + offset_W, tokens - 1)
     beyond_NL = op.Cast(op.Not(op.Equal(key_NL, nearest_NL)), to=1)
-    far_WL = op.Cast(op.Abs(offset_L - op.Unsqueeze(offset_W, [1])) > width, to=1)
+    far_WL = op.Cast(op.Abs(offset_L - op.Unsqueeze(offset_W, [1])) > radius, to=1)
     hidden_NWL = op.CastLike((op.Unsqueeze(beyond_NL, [1]) + far_WL) * HIDDEN_KEY, key_bias)
     bias_B1NWL = op.Unsqueeze(op.Gather(key_bias, nearest_NL, axis=1), [1, 3]) + hidden_NWL
 

@@ -30,11 +30,11 @@ def _node(x, cos, sin):
 @script(OPSET)
 def ModernBertRotary(x, cos, sin):
     """Standard operators. Both halves at once: x * [cos, cos] + swapped x * [-sin, sin]."""
-    halves_BHS2K = op.Reshape(x, op.Concat(op.Shape(x, end=3), [2, -1], axis=0))
+    halves_BHS2K = op.Reshape(x, [0, 0, 0, 2, -1])  # 0 keeps an axis
     swapped_BHS2K = op.Gather(halves_BHS2K, [1, 0], axis=3)
     cos_S2K = op.Concat(op.Unsqueeze(cos, [1]), op.Unsqueeze(cos, [1]), axis=1)
     sin_S2K = op.Concat(op.Unsqueeze(op.Neg(sin), [1]), op.Unsqueeze(sin, [1]), axis=1)
-    return op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, op.Shape(x))
+    return op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, [0, 0, 0, -1])
 
 
 ROTARY = GraphOp(
