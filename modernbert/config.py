@@ -6,6 +6,7 @@ Old and new spellings of `config.json` (`global_attn_every_n_layers` or `layer_t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -62,6 +63,8 @@ class ModernBertConfig(transformers.ModernBertConfig):
             )
         if self.local_attention < 2:
             raise InputError(f"local_attention must be at least 2 tokens, not {self.local_attention}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise InputError(f"norm_eps must be 0 or above, not {self.norm_eps}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise InputError(f"pad_token_id {self.pad_token_id} is not below vocab_size {self.vocab_size}")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -72,6 +75,9 @@ class ModernBertConfig(transformers.ModernBertConfig):
         for layer_type in self.layer_types:
             if layer_type not in get_args(LayerType):
                 raise InputError(f"layer_types must be {' or '.join(get_args(LayerType))}, not {layer_type!r}")
+            theta = self.rope_parameters[layer_type].get("rope_theta")
+            if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+                raise InputError(f"rope_theta must be a number above 0 for {layer_type}, not {theta!r}")
             rope_type = self.rope_parameters[layer_type]["rope_type"]
             if rope_type != "default":
                 raise InputError(

@@ -38,6 +38,9 @@ REFUSED = {
     "old spelling of linear": (dict(rope_scaling={"rope_type": "linear", "factor": 2.0}), "'linear'"),
     "text for a number": (dict(hidden_size="48"), "hidden_size"),
     "padding outside the vocabulary": (dict(pad_token_id=TINY["vocab_size"]), "pad_token_id"),
+    "no theta": (dict(rope_parameters=THETAS | {"full_attention": {"rope_theta": None}}), "rope_theta"),
+    "theta of zero": (dict(rope_parameters=THETAS | {"sliding_attention": {"rope_theta": 0.0}}), "rope_theta"),
+    "negative epsilon": (dict(norm_eps=-1.0), "norm_eps"),
     "no period": (dict(global_attn_every_n_layers=0), "global_attn_every_n_layers"),
 }
 

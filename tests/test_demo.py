@@ -1,4 +1,6 @@
 import random
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,18 @@ def test_demo_without_text_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no documented Python files"):
         run(tmp_path / "out", recipe=RECIPE, stdlib=tmp_path / "lib")
     assert [path.name for path in tmp_path.iterdir()] == ["lib"]
+
+
+@pytest.mark.slow
+def test_training_visibly_helps_within_five_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
+    run(tmp_path / "out")
+    assert time.monotonic() - started < 300
+    shown = capsys.readouterr().out
+    recall = {
+        name: float(re.search(rf"│ {name} +│ ([0-9.]+)%", shown)[1])  # type: ignore[index]
+        for name in ("untrained", "trained", "trained, exported to ONNX")
+    }
+    assert recall["trained"] >= 2 * recall["untrained"] > 0
+    # One of some 350 pairs may change places by rounding.
+    assert recall["trained, exported to ONNX"] == pytest.approx(recall["trained"], abs=0.3)

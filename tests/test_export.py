@@ -19,10 +19,9 @@ from conftest import TINY, WORDS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import modernbert_export.export as export_module
-from modernbert.errors import InputError
+from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
 from modernbert.output import whole_directory
-from modernbert_export.errors import ParityError
 from modernbert_export.export import check_saved, export
 from modernbert_export.source import open_source
 from modernbert_runtime import Embedder
@@ -461,6 +460,34 @@ def test_pooling_and_normalisation_come_from_the_source(
 )
 def test_pooling_that_is_not_supported_is_refused(source: Path, pooling: dict[str, Any], named: str) -> None:
     sentence_transformers_files(source, pooling=pooling, normalize=True)
+    with pytest.raises(InputError, match=named):
+        open_source(str(source))
+
+
+def test_pooling_is_read_where_modules_json_says(source: Path) -> None:
+    sentence_transformers_files(source, pooling={"pooling_mode_cls_token": True}, normalize=True)
+    (source / "1_Pooling").rename(source / "pooling")
+    modules = json.loads((source / "modules.json").read_text())
+    for module in modules:
+        module["path"] = module["path"].replace("1_Pooling", "pooling")
+    write_json(source / "modules.json", modules)
+    assert open_source(str(source)).pooling == "cls"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("modules.json", [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}], "Dense"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "default_prompt_name"),
+        ("config_sentence_transformers.json", {"prompts": {"query": None}}, "prompts"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "prompts"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt"),
+    ],
+)
+def test_what_an_export_cannot_hold_is_refused(source: Path, file: str, content: Any, named: str) -> None:
+    sentence_transformers_files(source, pooling={"pooling_mode_mean_tokens": True}, normalize=True)
+    write_json(source / file, content)
     with pytest.raises(InputError, match=named):
         open_source(str(source))
 

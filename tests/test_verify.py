@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
+from modernbert_export.export import export
 from modernbert_export.parity import Case, Comparison, ParityReport
 from modernbert_export.verify import fidelity_grid, verify, verify_bundle
 from modernbert_runtime import BundleError
@@ -171,3 +172,20 @@ def test_reference_of_another_width_is_refused_in_one_line(bundle: Path, tmp_pat
     with pytest.raises(InputError, match=r"hidden_size|dimension") as caught:
         verify_bundle(bundle, str(other))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_parity_holds_at_full_length(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=8192, local_attention=128)
+    export(str(checkpoint), tmp_path / "bundle")
+    report = json.loads((tmp_path / "bundle" / "parity.json").read_text())
+    assert report["passed"]
+    compared = {(row["reference"], row["case"]["length"]) for row in report["comparisons"]}
+    assert {(name, length) for name in ("float64 eager", "transformers") for length in (2048, 8192)} <= compared
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 6}, {"vocab_size": 64}, {"hidden_size": 96}])
+def test_reference_of_another_size_is_refused(bundle: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    other = write_checkpoint(tmp_path / "other", **change)
+    with pytest.raises(InputError, match=next(iter(change))):
+        verify_bundle(bundle, str(other))

@@ -11,10 +11,10 @@ import onnx
 import onnx_ir as ir
 
 from modernbert.config import ModernBertConfig
+from modernbert.errors import ParityError
 from modernbert.model import load_model
 from modernbert.output import whole_directory
 from modernbert_export.bundle import hash_files, write_model_files
-from modernbert_export.errors import ParityError
 from modernbert_export.lower import IR_VERSION, lower
 from modernbert_export.source import open_source
 from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS, trace

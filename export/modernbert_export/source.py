@@ -72,14 +72,14 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
         raise InputError(
             f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
         )
-    modules = [str(module.get("type", "")).rpartition(".")[2] for module in _json(path / "modules.json", [])]
+    modules = _modules(path)
     return Source(
         name=name,
         path=path,
         config=config,
-        pooling=_pooling(path, modules, pooling),
+        pooling=_pooling(path / modules.get("Pooling", "1_Pooling"), pooling),
         normalize="Normalize" in modules if modules else True,
-        prompts=_json(path / "config_sentence_transformers.json", {}).get("prompts") or {},
+        prompts=_prompts(path),
         max_length=_max_length(path, config, max_length),
         special_tokens=_special_tokens(path, config),
     )
@@ -93,7 +93,7 @@ def _locate(model: str) -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise InputError(f"model {model!r} is not a directory; give a checkpoint directory or a hub id (owner/name)")
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "1_Pooling/*"]))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"model {model!r} is no directory here and could not be had from the hub: {reason}") from error
@@ -112,9 +112,41 @@ def _json(path: Path, default: Any) -> Any:
     return content
 
 
-def _pooling(path: Path, modules: list[str], override: str | None) -> str:
+def _modules(path: Path) -> dict[str, str]:
+    """Kind -> folder of a sentence-transformers model's modules; empty for a plain checkpoint."""
+    entries = _json(path / "modules.json", [])
+    modules = {str(entry.get("type", "")).rpartition(".")[2]: str(entry.get("path", "")) for entry in entries}
+    supported = ("Transformer", "Pooling", "Normalize")
+    if unknown := sorted(modules.keys() - set(supported)):
+        raise InputError(
+            f"model {path.name!r} has the module {', '.join(unknown)}, which an export cannot hold; "
+            f"only {', '.join(supported)} can"
+        )
+    if _json(path / "sentence_bert_config.json", {}).get("do_lower_case"):
+        raise InputError(
+            f"model {path.name!r} says do_lower_case, which tokenizer.json must do itself; set it to false"
+        )
+    return modules
+
+
+def _prompts(path: Path) -> dict[str, str]:
+    content = _json(path / "config_sentence_transformers.json", {})
+    prompts = content.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InputError(f"prompts of model {path.name!r} must map names to texts, not {prompts!r}")
+    if content.get("default_prompt_name") is not None:
+        raise InputError(
+            f"default_prompt_name of model {path.name!r} is {content['default_prompt_name']!r}, which would put a "
+            "prompt before every text unasked; set it to null and name the prompt when embedding"
+        )
+    return prompts
+
+
+def _pooling(folder: Path, override: str | None) -> str:
+    found = _json(folder / "config.json", {})
+    if found.get("include_prompt") is False:
+        raise InputError(f"{folder / 'config.json'} says include_prompt false, which is not supported; set it to true")
     if override is None:
-        found = _json(path / "1_Pooling" / "config.json", {}) if "Pooling" in modules else {}
         modes = {
             key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): value
             for key, value in found.items()

@@ -19,7 +19,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.model import ModernBertModel, load_model
 from modernbert_export.parity import MAX_ABS_ERROR, Case, Comparison, ParityReport
@@ -117,11 +117,13 @@ def verify_bundle(
     else:
         source = open_source(reference)
         checkpoint = source.path
-        if source.config.hidden_size != manifest.dimension:
-            raise InputError(
-                f"reference {reference!r} has hidden_size {source.config.hidden_size}, the bundle has "
-                f"{manifest.dimension}; give the checkpoint that it was exported from"
-            )
+        own = load_config(bundle.root)
+        for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+            if getattr(source.config, name) != getattr(own, name):
+                raise InputError(
+                    f"reference {reference!r} has {name} {getattr(source.config, name)}, the bundle has "
+                    f"{getattr(own, name)}; give the checkpoint that it was exported from"
+                )
     return [
         verify(
             bundle.onnx_path(artifact),

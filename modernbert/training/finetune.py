@@ -24,7 +24,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from modernbert.data.tokenizer import load_tokenizer, save_tokenizer
 from modernbert.errors import InputError
 from modernbert.model import AttentionName, load_model
-from modernbert.output import require_absent, whole_directory
+from modernbert.output import whole_directory
 from modernbert.training.pretrain import TrainingReport, common_arguments, require_vocabulary
 from modernbert.training.progress import quiet_transformers, train_with_progress
 
@@ -127,7 +127,6 @@ def finetune(
     Raises:
         InputError: bad pairs, a model that cannot be loaded, a parameter out of range, or an output that exists.
     """
-    require_absent(out)
     pairs = _checked(pairs)
     if temperature <= 0:
         raise InputError(f"temperature must be above 0, not {temperature}")
@@ -140,7 +139,8 @@ def finetune(
     if max_length is not None:
         embedder.max_seq_length = max_length
     transformers.set_seed(seed)
-    with tempfile.TemporaryDirectory() as scratch:
+    # The output is made first: that it cannot be written must not show after hours of training.
+    with whole_directory(out) as partial, tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             embedder,
             SentenceTransformerTrainingArguments(
@@ -152,8 +152,8 @@ def finetune(
             loss=MultipleNegativesRankingLoss(embedder, scale=1 / temperature),
         )
         train_with_progress(trainer, "contrastive")
-    embedder.max_seq_length = full_length
-    with whole_directory(out) as partial, quiet_transformers():
-        embedder.save_pretrained(str(partial), create_model_card=False)
-        save_tokenizer(embedder.tokenizer, partial)
+        embedder.max_seq_length = full_length
+        with quiet_transformers():
+            embedder.save_pretrained(str(partial), create_model_card=False)
+            save_tokenizer(embedder.tokenizer, partial)
     return TrainingReport.of(trainer)

@@ -17,7 +17,7 @@ from modernbert.data.masking import masking_collator
 from modernbert.data.tokenizer import rounded_vocab_size, save_tokenizer
 from modernbert.errors import InputError
 from modernbert.model import AttentionName, ModernBertForMaskedLM
-from modernbert.output import require_absent, whole_directory
+from modernbert.output import whole_directory
 from modernbert.training.progress import quiet_transformers, train_with_progress
 
 
@@ -103,7 +103,6 @@ def pretrain(
     Raises:
         InputError: no text, a tokenizer or length that does not fit the model, or an output that exists.
     """
-    require_absent(out)
     require_vocabulary(config, tokenizer)
     if not 8 <= max_length <= config.max_position_embeddings:
         raise InputError(f"max_length must be from 8 to {config.max_position_embeddings}, not {max_length}")
@@ -115,7 +114,8 @@ def pretrain(
     transformers.set_seed(seed)
     model = ModernBertForMaskedLM(config)
     model.set_attention(attention)
-    with tempfile.TemporaryDirectory() as scratch:
+    # The output is made first: that it cannot be written must not show after hours of training.
+    with whole_directory(out) as partial, tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
             TrainingArguments(
@@ -126,9 +126,9 @@ def pretrain(
             train_dataset=samples,
         )
         train_with_progress(trainer, "masked LM")
-    with whole_directory(out) as partial, quiet_transformers():
-        model.save_pretrained(partial)
-        save_tokenizer(tokenizer, partial)
+        with quiet_transformers():
+            model.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
     return TrainingReport.of(trainer)
 
 

@@ -88,7 +88,7 @@ class Bundle:
         have = ", ".join(f"{artifact.target}/{artifact.precision}" for artifact in self.manifest.artifacts)
         raise BundleError(
             f"bundle: no artifact {target or 'any'}/{precision or 'any'} (target/precision), only {have}: "
-            "choose one of these, or export with that --target and --precision"
+            "choose one of these"
         )
 
     def onnx_path(self, artifact: Artifact) -> Path:

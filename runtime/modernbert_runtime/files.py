@@ -11,7 +11,6 @@ import csv
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -39,7 +38,7 @@ def read_texts(path: Path | None, *, field: str) -> list[str]:
     if path.suffix not in READS:
         raise InputError(f"input {str(path)!r} must end in one of {', '.join(READS)}")
     try:
-        with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
             return [line.rstrip("\n") for line in file] if path.suffix == ".txt" else list(_rows(file, path, field))
     except OSError as error:
         raise InputError(f"input {str(path)!r} cannot be read: {error.strerror}") from error
@@ -108,13 +107,13 @@ def _records(file: TextIO, path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[IO[bytes]]:
+    partial = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        file = tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
         try:
-            with file:
+            with open(partial, "xb") as file:
                 yield file
-            os.link(file.name, path)  # unlike a rename, never over a file that appeared meanwhile
+            os.link(partial, path)  # unlike a rename, never over a file that appeared meanwhile
         finally:
-            os.unlink(file.name)
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"out {str(path)!r} cannot be written: {error.strerror}") from error

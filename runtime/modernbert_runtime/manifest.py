@@ -31,7 +31,7 @@ class Source:
 
     Args:
         name: hub id or directory name, for people.
-        sha256: hash of its weights, 64 hex digits.
+        sha256: hash of its configuration, tokenizer and weights, 64 hex digits.
     """
 
     name: str
