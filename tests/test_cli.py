@@ -507,3 +507,19 @@ def test_without_a_command_the_commands_are_listed(run: Run) -> None:
     result = run()
     assert result.code == 0
     assert all(command in result.out for command in ("demo", "export", "verify", "embed"))
+
+
+def test_embed_writes_a_file_that_others_can_read(run: Run, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    assert run("embed", bundle, "--out", tmp_path / "v.npy", stdin=b"a b\n").code == 0
+    assert (tmp_path / "v.npy").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"), [("txt", "a b\n"), ("csv", "text\na b\n"), ("jsonl", '{"text": "a b"}\n')]
+)
+def test_embed_reads_past_a_byte_order_mark(run: Run, bundle: Path, tmp_path: Path, suffix: str, content: str) -> None:
+    for name, text in (("plain", content), ("marked", "\ufeff" + content)):
+        (tmp_path / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+        assert run("embed", bundle, tmp_path / f"{name}.{suffix}", "--out", tmp_path / f"{name}.npy").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "plain.npy"), np.load(tmp_path / "marked.npy"))
