@@ -361,6 +361,6 @@ def test_the_runtime_never_imports_torch_transformers_or_onnx(root: Path) -> Non
 def test_all_names_exist_and_errors_form_one_tree() -> None:
     exported = [getattr(modernbert_runtime, name) for name in modernbert_runtime.__all__]
     errors = [item for item in exported if issubclass(item, Exception)]
-    assert len(errors) == 5
+    assert len(errors) == 7
     assert all(issubclass(error, ModernBertRuntimeError) for error in errors)
     assert issubclass(InputError, ValueError)

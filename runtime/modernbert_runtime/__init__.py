@@ -4,20 +4,31 @@
 
     with Embedder.load("out/") as embedder:
         vectors = embedder.embed(["some text", "another"])  # float32 [2, dimension]
+        vectors = await embedder.aembed(["some text"])  # concurrent callers share batches
 
 It does not train, export or download anything. Every error is a `ModernBertRuntimeError`; see `errors`.
 """
 
 from modernbert_runtime.embedder import Embedder
-from modernbert_runtime.errors import BundleError, EngineError, InputError, ModernBertRuntimeError, TextTooLong
+from modernbert_runtime.errors import (
+    BundleError,
+    DeadlineExceeded,
+    EngineError,
+    InputError,
+    ModernBertRuntimeError,
+    Overloaded,
+    TextTooLong,
+)
 from modernbert_runtime.tokenizer import TokenizedText
 
 __all__ = [
     "BundleError",
+    "DeadlineExceeded",
     "Embedder",
     "EngineError",
     "InputError",
     "ModernBertRuntimeError",
+    "Overloaded",
     "TextTooLong",
     "TokenizedText",
 ]

@@ -1,7 +1,7 @@
 """Text in, vectors out: the one class that most callers need.
 
-It joins bundle, tokenizer, batches and engine, and keeps no state between calls. It is not a server and does not
-share batches between callers.
+It joins bundle, tokenizer, batches and engine. Calls of `embed` keep no state and share nothing; calls of `aembed`
+share batches (see `async_batcher`). It is not a server.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.async_batcher import AsyncBatcher
 from modernbert_runtime.batching import plan_batches
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.engine import Engine
@@ -34,18 +35,35 @@ class Embedder:
         manifest: of the same bundle.
         pad_id: token id that fills short rows; the attention mask hides it.
         batch_tokens: most tokens of one batch, padding included. A longer text still goes through, on its own.
+        max_waiting_tokens: most tokens that wait in `aembed` for their batch; beyond, it raises Overloaded.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, manifest: Manifest, *, pad_id: int = 0, batch_tokens: int = 8192
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        manifest: Manifest,
+        *,
+        pad_id: int = 0,
+        batch_tokens: int = 8192,
+        max_waiting_tokens: int = 262_144,
     ) -> None:
         if batch_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
+        if max_waiting_tokens < 1:
+            raise InputError(f"max_waiting_tokens must be at least 1, not {max_waiting_tokens}")
         self._engine = engine
         self._tokenizer = tokenizer
         self._manifest = manifest
         self._pad_id = pad_id
         self._batch_tokens = batch_tokens
+        self._batcher = AsyncBatcher(
+            self._compute,
+            lambda text, index: self._run([text], [index])[0],
+            dimension=manifest.dimension,
+            batch_tokens=batch_tokens,
+            max_waiting_tokens=max_waiting_tokens,
+        )
 
     @classmethod
     def load(
@@ -57,6 +75,7 @@ class Embedder:
         threads: int | None = None,
         truncation: Truncation = "right",
         batch_tokens: int = 8192,
+        max_waiting_tokens: int = 262_144,
         verify_hashes: bool = True,
     ) -> "Embedder":
         """Load a bundle.
@@ -69,6 +88,7 @@ class Embedder:
             truncation: what happens to texts above `max_length`: "right" drops the end, "left" the start, "error"
                 raises TextTooLong.
             batch_tokens: most tokens of one batch, padding included.
+            max_waiting_tokens: most tokens that wait in `aembed` for their batch.
             verify_hashes: compare the files with the manifest first, which reads them once more.
 
         Raises:
@@ -88,7 +108,14 @@ class Embedder:
         pad_id = _pad_id(bundle)
         artifact = bundle.artifact(target="portable", precision=precision)
         runner = OnnxRuntimeEngine(bundle.onnx_path(artifact), output="sentence_embedding", threads=threads)
-        embedder = cls(runner, tokenizer, manifest, pad_id=pad_id, batch_tokens=batch_tokens)
+        embedder = cls(
+            runner,
+            tokenizer,
+            manifest,
+            pad_id=pad_id,
+            batch_tokens=batch_tokens,
+            max_waiting_tokens=max_waiting_tokens,
+        )
         logger.info(
             "loaded %s: %s, %s, target %s, precision %s, dimension %d, max_length %d, truncation %s",
             bundle.root,
@@ -133,18 +160,33 @@ class Embedder:
             TextTooLong: a text exceeds max_length and truncation is "error".
             EngineError: the engine failed or returned values that are not finite.
         """
-        tokens = self.tokenize(texts, prompt_name=prompt_name)
-        cut = [index for index, item in enumerate(tokens) if item.num_dropped]
-        if cut:
-            logger.warning(
-                "truncated %d of %d texts to max_length %d; the first is texts[%d], %d tokens dropped",
-                len(cut),
-                len(tokens),
-                self.max_length,
-                cut[0],
-                tokens[cut[0]].num_dropped,
-            )
-        return self.embed_tokens(tokens, progress=progress)
+        return self.embed_tokens(self._tokenize_and_report(texts, prompt_name), progress=progress)
+
+    async def aembed(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, timeout: float | None = None
+    ) -> NDArray[np.float32]:
+        """As `embed`, without blocking the event loop, and in batches that concurrent callers share.
+
+        May be called from any number of tasks, event loops and threads. Short requests go first, but each lets only a
+        bounded amount of later work pass (see `async_batcher.TokenQueue`), so for bulk work beside queries send many
+        small lists. A text that fails harms no other caller; its own call raises. What has not started when the
+        caller is cancelled or its time is up never runs; what runs is finished and dropped.
+
+        Args:
+            texts: a list of str, not to be changed meanwhile; "" is a valid text.
+            prompt_name: put this prompt of the manifest before every text.
+            timeout: seconds from the call to the result; None waits as long as it takes.
+
+        Returns:
+            [len(texts), dimension], in the order given.
+
+        Raises:
+            InputError, TextTooLong: as for `embed`.
+            Overloaded: more tokens would wait than `max_waiting_tokens`.
+            DeadlineExceeded (also a TimeoutError): the timeout passed.
+            EngineError: the engine failed on one of these texts, or the embedder was closed.
+        """
+        return await self._batcher.embed(lambda: self._tokenize_and_report(texts, prompt_name), timeout=timeout)
 
     def embed_queries(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
         """As `embed`, with the manifest's prompt "query" if it has one."""
@@ -185,12 +227,22 @@ class Embedder:
 
             batches = track(batches, "embedding", console=Console(stderr=True))
         for batch in batches:
-            vectors[batch] = self._run(tokens, batch)
+            vectors[batch] = self._run([tokens[index] for index in batch], batch)
         return vectors
 
     def close(self) -> None:
-        """Close the engine; later calls raise EngineError."""
+        """Close the engine; later calls raise EngineError, and so do calls of `aembed` that have texts waiting.
+
+        Waits for a batch of `aembed` that is running; in an event loop use `aclose`.
+        """
+        self._batcher.close()
         self._engine.close()
+
+    async def aclose(self) -> None:
+        """As `close`, without blocking the event loop; for `contextlib.aclosing`."""
+        import asyncio  # as in async_batcher
+
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> "Embedder":
         return self
@@ -200,29 +252,47 @@ class Embedder:
     ) -> None:
         self.close()
 
+    def _tokenize_and_report(self, texts: Sequence[str], prompt_name: str | None) -> list[TokenizedText]:
+        tokens = self.tokenize(texts, prompt_name=prompt_name)
+        cut = [index for index, item in enumerate(tokens) if item.num_dropped]
+        if cut:
+            logger.warning(
+                "truncated %d of %d texts to max_length %d; the first is texts[%d], %d tokens dropped",
+                len(cut),
+                len(tokens),
+                self.max_length,
+                cut[0],
+                tokens[cut[0]].num_dropped,
+            )
+        return tokens
+
     def _prompt_if_any(self, name: str) -> str | None:
         return name if name in self._manifest.prompts else None
 
-    def _run(self, tokens: Sequence[TokenizedText], batch: NDArray[np.intp]) -> NDArray[Any]:
-        """One batch: [len(batch), dimension] in the engine's precision, checked."""
-        length = max(len(tokens[index].input_ids) for index in batch)
-        input_ids = np.full((len(batch), length), self._pad_id, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for row, index in enumerate(batch):
-            ids = tokens[index].input_ids
-            input_ids[row, : len(ids)] = ids
-            attention_mask[row, : len(ids)] = 1
-        vectors = self._engine.run(input_ids, attention_mask)
-        if vectors.shape != (len(batch), self.dimension):
-            raise EngineError(
-                f"{self._engine.name} returned shape {vectors.shape}, the manifest promises "
-                f"{(len(batch), self.dimension)}: export the bundle again"
-            )
+    def _run(self, tokens: Sequence[TokenizedText], indices: Sequence[int] | NDArray[np.intp]) -> NDArray[Any]:
+        """One batch, as `_compute`, checked; `indices` are what errors call its texts."""
+        vectors = self._compute(tokens)
         finite = np.isfinite(vectors).all(axis=1)
         if not finite.all():
             raise EngineError(
-                f"{self._engine.name} returned NaN or infinity for texts[{batch[~finite].min()}]: "
+                f"{self._engine.name} returned NaN or infinity for texts[{np.asarray(indices)[~finite].min()}]: "
                 "run `modernbert verify` on the bundle, or choose another precision"
+            )
+        return vectors
+
+    def _compute(self, tokens: Sequence[TokenizedText]) -> NDArray[Any]:
+        """One batch: [len(tokens), dimension] in the engine's precision, perhaps with NaN."""
+        length = max(len(text.input_ids) for text in tokens)
+        input_ids = np.full((len(tokens), length), self._pad_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, text in enumerate(tokens):
+            input_ids[row, : len(text.input_ids)] = text.input_ids
+            attention_mask[row, : len(text.input_ids)] = 1
+        vectors = self._engine.run(input_ids, attention_mask)
+        if vectors.shape != (len(tokens), self.dimension):
+            raise EngineError(
+                f"{self._engine.name} returned shape {vectors.shape}, the manifest promises "
+                f"{(len(tokens), self.dimension)}: export the bundle again"
             )
         return vectors
 

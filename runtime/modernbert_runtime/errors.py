@@ -4,7 +4,9 @@
     ├── InputError (also a ValueError)   a text, a list of texts or an argument is not acceptable
     │   └── TextTooLong                  a text exceeds max_length and the policy is truncation="error"
     ├── BundleError                      the directory is not a whole, known and unaltered bundle
-    └── EngineError                      the engine is missing, cannot load the model, or computed nonsense
+    ├── EngineError                      the engine is missing, cannot load the model, or computed nonsense
+    ├── Overloaded                       more texts wait for the engine than max_waiting_tokens allows
+    └── DeadlineExceeded (also a TimeoutError)  the timeout of a request passed
 
 Each message is one line: what is wrong (parameter, limit, value), then what to do about it.
 """
@@ -28,6 +30,14 @@ class BundleError(ModernBertRuntimeError):
 
 class EngineError(ModernBertRuntimeError):
     """An engine is not installed, cannot load the model, or returned something that must not be used."""
+
+
+class Overloaded(ModernBertRuntimeError):  # noqa: N818 - reads as what happened
+    """A request was refused, for more tokens would wait than `max_waiting_tokens`. Nothing of it has run."""
+
+
+class DeadlineExceeded(ModernBertRuntimeError, TimeoutError):  # noqa: N818 - as above
+    """The `timeout` of a request passed before its vectors were ready."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
