@@ -202,7 +202,7 @@ def export_ours(model: Path, bundle: Path) -> Path:
     command = [
         sys.executable,
         "-c",
-        "from modernbert.cli import main; main()",
+        "from modernbert.cli.main import main; main()",
         "export",
         str(model),
         "--out",

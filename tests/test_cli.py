@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from modernbert.cli import main
+from modernbert.cli.main import main
 from modernbert_runtime import Embedder
 from modernbert_runtime.manifest import MANIFEST_NAME, sha256_file
 
@@ -82,7 +82,7 @@ def expected(bundle: Path) -> np.ndarray:
 def test_export_verify_embed_as_a_user_types_it(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     # In processes of their own, in another directory, with another hash seed: nothing may depend on these.
     def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "modernbert.cli", *arguments]
+        command = [sys.executable, "-m", "modernbert.cli.main", *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "12345"}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -236,7 +236,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
-from modernbert.cli import main
+from modernbert.cli.main import main
 try:
     main()
 finally:

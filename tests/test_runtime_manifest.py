@@ -22,18 +22,21 @@ ARTIFACT = Artifact(
     opset=20,
     ir_version=10,
     parity={"max_abs_error": 1.5e-5},
+    activation_bytes={"512": 20_000_000, "8192": 400_000_000},
 )
 MANIFEST = Manifest(
     generator="modernbert-deploy 0.1.0",
     source=Source(name="answerdotai/ModernBERT-base", sha256=HASH),
     task="embedding",
-    dimension=768,
+    dimension=3,
     pooling="mean",
     normalize=True,
     max_length=8192,
     prompts={"query": "search_query: ", "größe": "\U0001f600"},
     artifacts=(ARTIFACT, replace(ARTIFACT, precision="int8", data_file=None)),
     files={"onnx/model.onnx": HASH, "onnx/model.onnx_data": HASH, "tokenizer.json": HASH},
+    labels=("no", "yes"),
+    calibration={"low": (-0.5, -0.25, 0.0), "high": (0.5, 0.25, 1.0)},
 )
 BAD_PATHS = [
     "",
@@ -122,6 +125,12 @@ def test_a_missing_field_is_refused_by_name(name: str) -> None:
         (("max_length",), -1),
         (("pooling",), "max"),
         (("task",), ""),
+        (("task",), "summarization"),
+        (("labels",), ["two\nlines"]),
+        (("calibration", "low"), [0.0]),  # not one per dimension
+        (("calibration",), {"low": [0.0, 0.0, 0.0]}),
+        (("artifacts", 0, "activation_bytes"), {"many": 1}),
+        (("artifacts", 0, "activation_bytes", "512"), 0),
         (("prompts", "two\nlines"), "x"),
         (("artifacts", 0, "target"), "two\nlines"),
         (("artifacts", 0, "precision"), ""),

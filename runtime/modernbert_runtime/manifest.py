@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -20,7 +20,8 @@ from modernbert_runtime.errors import BundleError, one_line
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "global")
+TASKS = ("embedding", "fill-mask", "text-classification", "token-classification")
 
 T = TypeVar("T")
 
@@ -53,6 +54,8 @@ class Artifact:
         opset: ONNX opset, such as 20.
         ir_version: ONNX IR version, such as 10.
         parity: what was compared against PyTorch, as name -> measured value. Never NaN or infinite.
+        activation_bytes: tokens (as decimal digits) -> estimated peak of what a run on one row of that many needs
+            beside the weights; empty when unknown.
     """
 
     target: str
@@ -62,6 +65,7 @@ class Artifact:
     opset: int
     ir_version: int
     parity: Mapping[str, float]
+    activation_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_name("artifact.target", self.target)
@@ -76,6 +80,10 @@ class Artifact:
         for name, value in self.parity.items():
             if not abs(value) <= sys.float_info.max:
                 raise _bad(f"artifact.parity[{reprlib.repr(name)}]", "must be a finite number", value)
+        for tokens, size in self.activation_bytes.items():
+            if not re.fullmatch("[1-9][0-9]{0,8}", tokens):
+                raise _bad("a key of artifact.activation_bytes", "must be a number of tokens", tokens)
+            _check_positive(f"artifact.activation_bytes[{tokens!r}]", size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +93,18 @@ class Manifest:
     Args:
         generator: the program and version that wrote the bundle.
         source: the checkpoint that it came from.
-        task: what the model computes, such as "embedding".
-        dimension: length of one embedding.
-        pooling: how the graph makes `sentence_embedding` from `last_hidden_state`: "mean" or "cls".
+        task: what the model computes, one of `TASKS`.
+        dimension: length of one embedding; for the other tasks the model's hidden size.
+        pooling: how the graph makes `sentence_embedding`, or what a classifier sees, from `last_hidden_state`: one of
+            `POOLINGS`.
         normalize: whether the graph's `sentence_embedding` has unit length.
         max_length: most tokens of one input, special tokens included.
         prompts: name -> text put before an input, such as "query" and "document".
         artifacts: the model files, the preferred one first; one per target and precision.
         files: relative POSIX path -> sha256 of every other file of the bundle.
+        labels: names of a classifier's outputs, in order; empty for other tasks.
+        calibration: "low" and "high" -> the range of each dimension of an embedding on sample texts, from which int8
+            vectors are made; empty when unknown.
         schema_version: the version of this contract.
 
     Raises:
@@ -109,17 +121,23 @@ class Manifest:
     prompts: Mapping[str, str]
     artifacts: tuple[Artifact, ...]
     files: Mapping[str, str]
+    labels: tuple[str, ...] = ()
+    calibration: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         _check_schema(self.schema_version)
-        _check_name("task", self.task)
+        if self.task not in TASKS:
+            raise _bad("task", f"must be one of {', '.join(TASKS)}", self.task)
         _check_positive("dimension", self.dimension)
         _check_positive("max_length", self.max_length)
         if self.pooling not in POOLINGS:
             raise _bad("pooling", f"must be one of {', '.join(POOLINGS)}", self.pooling)
         for prompt_name in self.prompts:
             _check_name("prompts", prompt_name)
+        for label in self.labels:
+            _check_name("labels", label)
+        self._check_calibration()
         for path, sha256 in self.files.items():
             _check_path("files", path)
             _check_sha256(f"files[{path!r}]", sha256)
@@ -133,6 +151,15 @@ class Manifest:
             if (artifact.target, artifact.precision) in variants:
                 raise _bad("artifacts", "must not repeat a target and precision", [artifact.target, artifact.precision])
             variants.add((artifact.target, artifact.precision))
+
+    def _check_calibration(self) -> None:
+        if not self.calibration:
+            return
+        if set(self.calibration) != {"low", "high"}:
+            raise _bad("calibration", "must have low and high", sorted(self.calibration))
+        for name, values in self.calibration.items():
+            if len(values) != self.dimension or not all(abs(value) <= sys.float_info.max for value in values):
+                raise _bad(f"calibration.{name}", f"must be {self.dimension} finite numbers", values)
 
     def to_json(self) -> str:
         """The content of manifest.json: `from_json` of it gives an equal manifest."""
@@ -169,6 +196,11 @@ class Manifest:
                 for i, item in enumerate(_field(root, "artifacts", list))
             ),
             files=_strings(root, "files"),
+            labels=tuple(_typed("labels", label, str) for label in _field(root, "labels", list)),
+            calibration={
+                name: tuple(_numbers(values, f"calibration.{name}"))
+                for name, values in _field(root, "calibration", dict).items()
+            },
         )
 
 
@@ -182,11 +214,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _artifact(data: dict[str, object], where: str) -> Artifact:
-    parity = {}
-    for name, value in _field(data, "parity", dict, where).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _bad(f"{where}parity[{reprlib.repr(name)}]", "must be a number", value)
-        parity[name] = value
+    parity = _field(data, "parity", dict, where)
+    memory = _field(data, "activation_bytes", dict, where)
     return Artifact(
         target=_field(data, "target", str, where),
         precision=_field(data, "precision", str, where),
@@ -194,8 +223,17 @@ def _artifact(data: dict[str, object], where: str) -> Artifact:
         data_file=None if data.get("data_file") is None else _field(data, "data_file", str, where),
         opset=_field(data, "opset", int, where),
         ir_version=_field(data, "ir_version", int, where),
-        parity=parity,
+        parity=dict(zip(parity, _numbers(list(parity.values()), f"{where}parity"), strict=True)),
+        activation_bytes={tokens: _typed(f"{where}activation_bytes", size, int) for tokens, size in memory.items()},
     )
+
+
+def _numbers(values: object, where: str) -> list[float]:
+    numbers = _typed(where, values, list)
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _bad(where, "must hold numbers only", value)
+    return numbers
 
 
 def _strings(data: dict[str, object], name: str) -> dict[str, str]:
