@@ -4,6 +4,8 @@ The reference is transformers with mean pooling and unit length. Weights are ran
 """
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,15 @@ from numpy.typing import NDArray
 
 from modernbert_export.export import export
 from modernbert_runtime import Embedder
+
+
+@pytest.fixture(autouse=True)
+def all_cores() -> Iterator[None]:
+    """Unlike the other tests' models, this one is large enough for threads to pay."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
