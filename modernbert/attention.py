@@ -3,24 +3,31 @@
     eager    every pair of packed tokens, written out; the reference for all others
     sdpa     padded scores in torch's scaled_dot_product_attention; O(n^2) in local layers too
     banded   local layers in blocks of one window radius against three, O(n * radius); global layers unpadded
+    flex     FlexAttention kernels that skip blocks nobody sees (`modernbert.attention_flex`); no gradients on a CPU
+    varlen   flash attention over packed tokens (`modernbert.attention_varlen`); CUDA, float16 or bfloat16
 
-A backend takes packed, rotated q, k, v [T, H, K], the packing, the window radius (None in a global layer) and the
-dropout probability, and gives [T, H, K]. Sequences never see each other.
+A backend takes packed, rotated q, k, v [T, H, K], the packing, the window radius (None in a global layer), the
+dropout probability and keys shared by a whole sequence, and gives [T, H, K]. Sequences never see each other.
 
-Shapes: T packed tokens, H heads, K size of a head, B sequences, S longest sequence, N blocks, W window radius.
+Shapes: T packed tokens, H heads, K size of a head, B sequences, S longest sequence, N blocks, W window radius,
+G shared keys per sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.packing import Packing
+from modernbert.attention_flex import flex
+from modernbert.attention_varlen import varlen, varlen_rows
+from modernbert.packing import Packing, SharedKeys
 
-AttentionBackend = Callable[[Tensor, Tensor, Tensor, Packing, int | None, float], Tensor]
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, Packing, "int | None", float, "SharedKeys | None"], Tensor]
+# Rows of G queries per sequence [B, G, H, K] that see all of it: q, k, v, packing, dropout, shared keys.
+RowsBackend = Callable[[Tensor, Tensor, Tensor, Packing, float, SharedKeys], Tensor]
 
 
 def rotary_tables(position_S: Tensor, theta: float, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,79 +48,192 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x_THK.dtype)
 
 
-def eager(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:
+def eager(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    packing: Packing,
+    radius: int | None,
+    dropout: float,
+    shared: SharedKeys | None = None,
+) -> Tensor:
     """Softmax over all visible keys, one matrix for everything. Memory: H * T * T."""
-    visible_TT = packing.sequence_T[:, None] == packing.sequence_T
+    visible = packing.sequence_T[:, None] == packing.sequence_T
     if radius is not None:
-        visible_TT &= (packing.position_T[:, None] - packing.position_T).abs() <= radius
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THK * q_THK.shape[-1] ** -0.5, k_THK)
-    weights_HTT = scores_HTT.masked_fill_(~visible_TT, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", F.dropout(weights_HTT, dropout) if dropout else weights_HTT, v_THK)
+        visible &= (packing.position_T[:, None] - packing.position_T).abs() <= radius
+    if shared is not None:
+        visible = torch.cat((visible, packing.sequence_T[:, None] == shared.sequence_X), dim=1)
+        k_THK, v_THK = torch.cat((k_THK, shared.k_XHK)), torch.cat((v_THK, shared.v_XHK))
+    scores_HQK = torch.einsum("qhd,khd->hqk", q_THK * q_THK.shape[-1] ** -0.5, k_THK)
+    weights_HQK = scores_HQK.masked_fill_(~visible, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", F.dropout(weights_HQK, dropout) if dropout else weights_HQK, v_THK)
 
 
-def sdpa(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:
+def sdpa(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    packing: Packing,
+    radius: int | None,
+    dropout: float,
+    shared: SharedKeys | None = None,
+) -> Tensor:
     """Sequences side by side at the longest one's length, with a dense mask [B, 1, S, S]."""
-    length_B = torch.tensor(packing.lengths, device=q_THK.device)
-    rank_BS = torch.arange(max(packing.lengths, default=0), device=q_THK.device).expand(len(length_B), -1)
-    valid_BS = rank_BS < length_B[:, None]
-
-    def pad(x_TX: Tensor) -> Tensor:
-        return x_TX.new_zeros(valid_BS.shape + x_TX.shape[1:]).masked_scatter(
-            valid_BS.view(valid_BS.shape + (1,) * (x_TX.dim() - 1)), x_TX
-        )
-
-    # A query that is padding sees everything: its row is dropped, and a row that sees nothing would be NaN.
-    visible_BSS = valid_BS[:, None, :] | ~valid_BS[:, :, None]
-    if radius is not None:
-        position_BS = pad(packing.position_T)
-        near_BSS = (position_BS[:, :, None] - position_BS[:, None, :]).abs() <= radius
-        visible_BSS &= near_BSS | ~valid_BS[:, :, None]
-    q, k, v = (pad(x).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+    valid_BS, visible_BSS = packing.once(("sdpa", radius), lambda: _dense_mask(packing, radius))
+    q, k, v = (_side_by_side(x, valid_BS).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+    if shared is not None:
+        k, v = (torch.cat((x, y.transpose(1, 2)), dim=2) for x, y in ((k, shared.k_BGHK), (v, shared.v_BGHK)))
+        visible_BSS = F.pad(visible_BSS, (0, shared.k_BGHK.shape[1]), value=True)
     y_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BSS[:, None], dropout_p=dropout)
     return y_BHSK.transpose(1, 2)[valid_BS]
 
 
-def banded(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, radius: int | None, dropout: float) -> Tensor:
+def _side_by_side(x_TX: Tensor, valid_BS: Tensor) -> Tensor:
+    """[T, ...] -> [B, S, ...], every sequence from the left, zeros after its end."""
+    mask = valid_BS.view(valid_BS.shape + (1,) * (x_TX.dim() - 1))
+    return x_TX.new_zeros(valid_BS.shape + x_TX.shape[1:]).masked_scatter(mask, x_TX)
+
+
+def _dense_mask(packing: Packing, radius: int | None) -> tuple[Tensor, Tensor]:
+    """Which of [B, S] are tokens, and which pairs [B, S, S] of them see each other."""
+    device = packing.sequence_T.device
+    length_B = torch.tensor(packing.lengths, device=device)
+    valid_BS = (
+        torch.arange(max(packing.lengths, default=0), device=device).expand(len(length_B), -1) < length_B[:, None]
+    )
+    # A query that is padding sees everything: its row is dropped, and a row that sees nothing would be NaN.
+    visible_BSS = valid_BS[:, None, :] | ~valid_BS[:, :, None]
+    if radius is not None:
+        position_BS = _side_by_side(packing.position_T, valid_BS)
+        near_BSS = (position_BS[:, :, None] - position_BS[:, None, :]).abs() <= radius
+        visible_BSS &= near_BSS | ~valid_BS[:, :, None]
+    return valid_BS, visible_BSS
+
+
+def banded(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    packing: Packing,
+    radius: int | None,
+    dropout: float,
+    shared: SharedKeys | None = None,
+) -> Tensor:
     """Local layers touch only the band around the diagonal; global layers run sequence by sequence, without a mask.
 
     A block of W queries sees at most the W keys before it, its own W and the W after it. Sequences lie one behind
-    the other, so a block may straddle two; the mask keeps them apart.
+    the other, so a block may straddle two; the mask keeps them apart. With shared keys every sequence begins a block
+    of its own, so that a block has one set of them.
     """
+    if not len(q_THK):
+        return v_THK
     if radius is None:
-        return _by_sequence(q_THK, k_THK, v_THK, packing, dropout)
-    tokens = q_THK.shape[0]
-    blocks = -(-tokens // radius)
-    rest = blocks * radius - tokens
+        more_k, more_v = (None, None) if shared is None else (shared.k_BGHK, shared.v_BGHK)
+        k_groups, v_groups = _groups(k_THK, packing, more_k), _groups(v_THK, packing, more_v)
+        return _attend_groups(_groups(q_THK, packing), k_groups, v_groups, dropout)
+    if shared is None:
+        mask = packing.once(("band", radius), lambda: _band_mask(packing.sequence_T, packing.position_T, radius))
+        return _band(q_THK, k_THK, v_THK, mask, dropout)
+    slot_T, sequence_N, mask = packing.once(("aligned band", radius), lambda: _aligned_band(packing, radius))
+    slots = len(sequence_N) * radius
+    q, k, v = (x.new_zeros(slots, *x.shape[1:]).index_copy(0, slot_T, x) for x in (q_THK, k_THK, v_THK))
+    return _band(q, k, v, mask, dropout, shared.k_BGHK[sequence_N], shared.v_BGHK[sequence_N])[slot_T]
 
-    def three_blocks(x_TX: Tensor, fill: int) -> Tensor:
-        widths = (0, 0) * (x_TX.dim() - 1) + (radius, rest + radius)
-        x_NWX = F.pad(x_TX, widths, value=fill).unflatten(0, (blocks + 2, radius))
-        return torch.cat((x_NWX[:-2], x_NWX[1:-1], x_NWX[2:]), dim=1)
 
-    def one_block(x_TX: Tensor, fill: int) -> Tensor:
-        return F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (0, rest), value=fill).unflatten(0, (blocks, radius))
+def _band(
+    q_THK: Tensor,
+    k_THK: Tensor,
+    v_THK: Tensor,
+    visible_NWL: Tensor,
+    dropout: float,
+    more_k_NGHK: Tensor | None = None,
+    more_v_NGHK: Tensor | None = None,
+) -> Tensor:
+    """Blocks of W queries against three of keys, and against G more keys per block that all of its queries see."""
+    radius = visible_NWL.shape[1]
+    q_NWHK, k_NLHK, v_NLHK = _one_block(q_THK, radius), _three_blocks(k_THK, radius), _three_blocks(v_THK, radius)
+    if more_k_NGHK is not None and more_v_NGHK is not None:
+        k_NLHK, v_NLHK = torch.cat((k_NLHK, more_k_NGHK), dim=1), torch.cat((v_NLHK, more_v_NGHK), dim=1)
+        visible_NWL = F.pad(visible_NWL, (0, more_k_NGHK.shape[1]), value=True)
+    q, k, v = (x.transpose(1, 2) for x in (q_NWHK, k_NLHK, v_NLHK))
+    y_NHWK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_NWL[:, None], dropout_p=dropout)
+    return y_NHWK.transpose(1, 2).flatten(0, 1)[: len(q_THK)]
 
-    sequence, position = packing.sequence_T, packing.position_T
-    near = (one_block(position, 0)[:, :, None] - three_blocks(position, 0)[:, None, :]).abs() <= radius
+
+def _band_mask(sequence_T: Tensor, position_T: Tensor, radius: int) -> Tensor:
+    """Which of its L = 3 W keys each of the W queries of a block sees: [N, W, L]."""
+    near = (_one_block(position_T, radius)[:, :, None] - _three_blocks(position_T, radius)[:, None]).abs() <= radius
     # The filling of queries and keys belongs to the sequence -1, which sees itself: no row is ever empty.
-    mask_N1WL = (near & (one_block(sequence, -1)[:, :, None] == three_blocks(sequence, -1)[:, None, :]))[:, None]
-    q_NHWK = one_block(q_THK, 0).transpose(1, 2)
-    k_NHLK, v_NHLK = (three_blocks(x, 0).transpose(1, 2) for x in (k_THK, v_THK))
-    y_NHWK = F.scaled_dot_product_attention(q_NHWK, k_NHLK, v_NHLK, attn_mask=mask_N1WL, dropout_p=dropout)
-    return y_NHWK.transpose(1, 2).flatten(0, 1)[:tokens]
+    return near & (_one_block(sequence_T, radius, -1)[:, :, None] == _three_blocks(sequence_T, radius, -1)[:, None])
 
 
-def _by_sequence(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, dropout: float) -> Tensor:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(-3, -2)
+def _aligned_band(packing: Packing, radius: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every sequence from the start of a block: the token's slot [T], the block's sequence [N], the mask [N, W, L]."""
+    device = packing.sequence_T.device
+    length_B = torch.tensor(packing.lengths, device=device)
+    blocks_B = (length_B + radius - 1) // radius
+    first_block_B, first_token_B = blocks_B.cumsum(0) - blocks_B, length_B.cumsum(0) - length_B
+    shift_B = first_block_B * radius - first_token_B
+    slot_T = torch.arange(len(packing.sequence_T), device=device) + shift_B[packing.sequence_T]
+    sequence_N = torch.repeat_interleave(blocks_B)
+    slots = len(sequence_N) * radius
+    sequence = torch.full((slots,), -1, device=device).index_copy(0, slot_T, packing.sequence_T)
+    position = torch.zeros(slots, dtype=packing.position_T.dtype, device=device)
+    return slot_T, sequence_N, _band_mask(sequence, position.index_copy(0, slot_T, packing.position_T), radius)
 
+
+def _one_block(x_TX: Tensor, radius: int, fill: int = 0) -> Tensor:
+    """[T, ...] -> [N, W, ...], filled to whole blocks."""
+    blocks = -(-len(x_TX) // radius)
+    widths = (0, 0) * (x_TX.dim() - 1) + (0, blocks * radius - len(x_TX))
+    return F.pad(x_TX, widths, value=fill).unflatten(0, (blocks, radius))
+
+
+def _three_blocks(x_TX: Tensor, radius: int, fill: int = 0) -> Tensor:
+    """[T, ...] -> [N, 3 W, ...]: each block between the one before and the one after it."""
+    x_NWX = _one_block(F.pad(x_TX, (0, 0) * (x_TX.dim() - 1) + (radius, radius), value=fill), radius, fill)
+    return torch.cat((x_NWX[:-2], x_NWX[1:-1], x_NWX[2:]), dim=1)
+
+
+def rows_by_sequence(
+    q_BGHK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, dropout: float, shared: SharedKeys
+) -> Tensor:
+    """Attention of G queries per sequence over all of its tokens and shared keys: [B, G, H, K]. O(G * T)."""
+    if not len(q_BGHK):
+        return q_BGHK
+    q_groups = [q_BGHK] if packing.full else [x[None] for x in q_BGHK]
+    k_groups, v_groups = _groups(k_THK, packing, shared.k_BGHK), _groups(v_THK, packing, shared.v_BGHK)
+    return _attend_groups(q_groups, k_groups, v_groups, dropout).unflatten(0, q_BGHK.shape[:2])
+
+
+def _groups(x_THK: Tensor, packing: Packing, more_BGHK: Tensor | None = None) -> Sequence[Tensor]:
+    """Sequences of one length as one [B, S, H, K], others as [1, S, H, K] each; `more` is appended to each along S."""
     if packing.full:
-        shape = (len(packing.lengths), packing.lengths[0])
-        return attend(*(x.unflatten(0, shape) for x in (q_THK, k_THK, v_THK))).flatten(0, 1)
-    parts = zip(*(x.split(packing.lengths) for x in (q_THK, k_THK, v_THK)), strict=True)
-    rows = [attend(*(x[None] for x in part))[0] for part in parts if len(part[0])]
-    return torch.cat(rows) if rows else v_THK
+        groups: Sequence[Tensor] = [x_THK.unflatten(0, (len(packing.lengths), packing.lengths[0]))]
+    else:
+        groups = [x[None] for x in x_THK.split(packing.lengths)]
+    if more_BGHK is None:
+        return groups
+    more = [more_BGHK] if packing.full else [x[None] for x in more_BGHK]
+    return [torch.cat(pair, dim=1) for pair in zip(groups, more, strict=True)]
 
 
-BACKENDS: Mapping[str, AttentionBackend] = {"eager": eager, "sdpa": sdpa, "banded": banded}
+def _attend_groups(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], dropout: float) -> Tensor:
+    """Attention without a mask within each group [b, s, H, K]; the results one behind the other [T, H, K]."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+
+    return torch.cat([attend(*group) for group in zip(q, k, v, strict=True) if group[0].shape[1]])
+
+
+BACKENDS: Mapping[str, AttentionBackend] = {
+    "eager": eager,
+    "sdpa": sdpa,
+    "banded": banded,
+    "flex": flex,
+    "varlen": varlen,
+}
+# Who computes the rows of global tokens: they are few and see everything, which needs no mask and no band.
+ROWS: Mapping[str, RowsBackend] = dict.fromkeys(BACKENDS, rows_by_sequence) | {"varlen": varlen_rows}

@@ -4,7 +4,7 @@ Old and new spellings of `config.json` (`global_attn_every_n_layers` or `layer_t
 `rope_parameters`) are read by transformers; this file adds what it leaves unchecked.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: @strict checks fields by their types, and skips those given as text.
 
 import math
 import os
@@ -18,6 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from modernbert.errors import InputError
 
 LayerType = Literal["full_attention", "sliding_attention"]
+
+PLAIN_MODEL_TYPE = "modernbert"
+# Stock code would load the weights of a model with global tokens and compute something else: it must not know the name.
+GLOBAL_MODEL_TYPE = "modernbert_global"
 
 # Ettin's small models (Weller et al. 2025, table 1) use theta 160,000 in the local layers too.
 _ETTIN_ROPE = {layer_type: {"rope_type": "default", "rope_theta": 160_000.0} for layer_type in get_args(LayerType)}
@@ -44,9 +48,17 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 class ModernBertConfig(transformers.ModernBertConfig):
     """transformers' `ModernBertConfig`, refusing what the model, its exports and its tests do not cover.
 
+    Attributes:
+        num_global_tokens: learned tokens per sequence that attend to all of it and that all of it attends to
+            (`modernbert.global_tokens`). With any, `config.json` names a model type that stock code does not know.
+        classifier_pooling: "cls", "mean", or "global", the first global token.
+
     Raises:
         InputError: a field has a value outside what is supported.
     """
+
+    num_global_tokens: int = 0
+    classifier_pooling: Literal["cls", "mean", "global"] = "cls"
 
     def __post_init__(self, **kwargs: Any) -> None:
         sizes = {name: getattr(self, name) for name in _SIZES} | {
@@ -72,6 +84,10 @@ class ModernBertConfig(transformers.ModernBertConfig):
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}; "
                 "they must agree"
             )
+        if self.num_global_tokens < 0:
+            raise InputError(f"num_global_tokens must be 0 or above, not {self.num_global_tokens}")
+        if self.classifier_pooling == "global" and not self.num_global_tokens:
+            raise InputError("classifier_pooling 'global' needs num_global_tokens of 1 or above, not 0")
         for layer_type in self.layer_types:
             if layer_type not in get_args(LayerType):
                 raise InputError(f"layer_types must be {' or '.join(get_args(LayerType))}, not {layer_type!r}")
@@ -99,7 +115,34 @@ class ModernBertConfig(transformers.ModernBertConfig):
         return float(self.rope_parameters[layer_type]["rope_theta"])
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> ModernBertConfig:
+    def get_config_dict(cls, model: str | os.PathLike[str], **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads `config.json` as transformers does; the name that keeps stock code away has done its work then.
+
+        Raises:
+            InputError: the model type says one thing about global tokens, their number another.
+        """
+        values, kwargs = super().get_config_dict(model, **kwargs)
+        model_type, number = values.get("model_type"), values.get("num_global_tokens", 0)
+        if model_type in (PLAIN_MODEL_TYPE, GLOBAL_MODEL_TYPE):
+            if (model_type == GLOBAL_MODEL_TYPE) != bool(number):
+                raise InputError(
+                    f"model {str(model)!r} is of model_type {model_type!r} with num_global_tokens {number!r}; "
+                    f"with 1 or more it must be {GLOBAL_MODEL_TYPE!r}, else {PLAIN_MODEL_TYPE!r}"
+                )
+            values["model_type"] = PLAIN_MODEL_TYPE
+        return values, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as `config.json` holds them; without global tokens they are exactly the stock ones."""
+        values: dict[str, Any] = super().to_dict()
+        if self.num_global_tokens:
+            values["model_type"] = GLOBAL_MODEL_TYPE
+        else:
+            del values["num_global_tokens"]
+        return values
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "ModernBertConfig":
         """One of the sizes in `PRESETS`, with any field overridden.
 
         Raises:
@@ -119,12 +162,14 @@ def load_config(model: str | os.PathLike[str]) -> ModernBertConfig:
     try:
         values, _ = ModernBertConfig.get_config_dict(model)
         model_type = values.get("model_type")
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two where it is JSON, but no object
         raise InputError(f"model {str(model)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
     if not values:
         raise InputError(f"model {str(model)!r} has no config.json; give a directory that save_pretrained() wrote")
-    if model_type != "modernbert":
-        raise InputError(f"model {str(model)!r} is of model_type {model_type!r}; it must be 'modernbert'")
+    if model_type != PLAIN_MODEL_TYPE:
+        raise InputError(f"model {str(model)!r} is of model_type {model_type!r}; it must be {PLAIN_MODEL_TYPE!r}")
     try:
         return ModernBertConfig.from_dict(values)
     except InputError:

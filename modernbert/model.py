@@ -5,10 +5,11 @@
 
 State-dict names are transformers' own, so a checkpoint of either opens in the other. Two things differ on purpose:
 padding is removed once at the edge (`modernbert.packing`) and its outputs are zeros, and the attention backend is an
-explicit choice (`modernbert.attention`).
+explicit choice (`modernbert.attention`). One is added: global tokens (`modernbert.global_tokens`), none by default.
+Heads other than masked LM are in `modernbert.heads`.
 
 Shapes: B sequences, S padded length, T packed tokens, D hidden size, H heads, K size of a head, I MLP size,
-V vocabulary, M tokens with a label.
+V vocabulary, M tokens with a label, G global tokens per sequence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,9 +31,10 @@ from transformers.initialization import ones_, trunc_normal_, zeros_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from modernbert.attention import BACKENDS, rotary_tables, rotate
+from modernbert.attention import BACKENDS, ROWS, rotary_tables, rotate
 from modernbert.config import LayerType, ModernBertConfig, load_config
 from modernbert.errors import InputError
+from modernbert.global_tokens import attend_with_globals
 from modernbert.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ logger = logging.getLogger(__name__)
 # Attention over q, k, v that are not rotated yet, for a layer of the given type. What surrounds it (packing, tables,
 # backend) is the caller's, so that the exporter runs these very layers with operators of its own.
 Attend = Callable[[Tensor, Tensor, Tensor, LayerType], Tensor]
-AttentionName = Literal["eager", "sdpa", "banded"]
+AttentionName = Literal["eager", "sdpa", "banded", "flex", "varlen"]
 
 
 class ModernBertPreTrainedModel(transformers.PreTrainedModel):
@@ -70,17 +73,21 @@ class ModernBertPreTrainedModel(transformers.PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers calls this for modules that hold parameters themselves, and guards each one already loaded.
-        if isinstance(module, nn.Linear | nn.Embedding):
-            std = float(module.init_std)  # type: ignore[arg-type]
+        def draw(weight: Tensor, std: float) -> None:
             cut = (self.config.initializer_cutoff_factor or 3.0) * std
-            trunc_normal_(module.weight, mean=0.0, std=std, a=-cut, b=cut)
+            trunc_normal_(weight, mean=0.0, std=std, a=-cut, b=cut)
+
+        if isinstance(module, nn.Linear | nn.Embedding):
+            draw(module.weight, float(module.init_std))  # type: ignore[arg-type]
         elif isinstance(module, nn.LayerNorm):
             ones_(module.weight)
+        elif isinstance(module, ModernBertEmbeddings) and self.config.num_global_tokens:
+            draw(module.global_tokens, self.config.initializer_range)
         if getattr(module, "bias", None) is not None:
             zeros_(module.bias)
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Linear:
+def linear(inputs: int, outputs: int, *, bias: bool, std: float) -> nn.Linear:
     """A linear layer that knows the standard deviation of its initial weights."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     layer.init_std = std  # type: ignore[assignment]
@@ -103,7 +110,7 @@ class ModernBertForMaskedLM(ModernBertPreTrainedModel):
         super().__init__(config)
         self.model = ModernBertModel(config)
         self.head = ModernBertPredictionHead(config)
-        self.decoder = _linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias, std=_narrow_std(config))
+        self.decoder = linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias, std=_narrow_std(config))
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -155,6 +162,13 @@ class ModernBertForMaskedLM(ModernBertPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
+@dataclass
+class EncoderOutput(BaseModelOutput):
+    """transformers' output, and the vectors of the global tokens [B, G, D] of a model that has any."""
+
+    global_hidden_state: Tensor | None = None
+
+
 class ModernBertModel(ModernBertPreTrainedModel):
     """The encoder: token ids in, one vector per token out."""
 
@@ -163,6 +177,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
         self.embeddings = ModernBertEmbeddings(config)
         self.layers = nn.ModuleList(ModernBertLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.num_global_tokens = config.num_global_tokens
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -182,7 +197,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> BaseModelOutput | tuple[Any, ...]:
+    ) -> EncoderOutput | tuple[Any, ...]:
         """Encodes padded or packed tokens.
 
         Args:
@@ -194,7 +209,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
 
         Returns:
             `last_hidden_state` [B, S, D], zeros on padding, or [T, D]; `hidden_states` likewise, `num_layers` + 1 of
-            them, the last after the final norm.
+            them, the last after the final norm; `global_hidden_state` [B, G, D] if the model has global tokens.
 
         Raises:
             InputError: not exactly one of ids and embeddings, or a mask together with `cu_seqlens`.
@@ -213,12 +228,20 @@ class ModernBertModel(ModernBertPreTrainedModel):
             raise InputError("cu_seqlens says where packed sequences end; leave attention_mask out")
 
         x_TD = self.embeddings(inputs)
-        x_TD, hidden = self.encode(x_TD, self._attend_packed(packing, x_TD.dtype), output_hidden_states)
-        output = BaseModelOutput(
+        x_XD = torch.cat((x_TD, self.embeddings.global_rows(len(packing.lengths)))) if self.num_global_tokens else x_TD
+        x_XD, hidden = self.encode(x_XD, self._attend_packed(packing, x_XD.dtype), output_hidden_states)
+        x_TD, x_BGD = self._split(x_XD, packing)
+        output = EncoderOutput(
             last_hidden_state=packing.unpack(x_TD),
-            hidden_states=tuple(map(packing.unpack, hidden)) if output_hidden_states else None,
+            hidden_states=tuple(packing.unpack(self._split(x, packing)[0]) for x in hidden) if hidden else None,
+            global_hidden_state=x_BGD if self.num_global_tokens else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _split(self, x_XD: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """[T + B * G, D] -> [T, D] and [B, G, D]."""
+        tokens = len(packing.sequence_T)
+        return x_XD[:tokens], x_XD[tokens:].unflatten(0, (len(packing.lengths), self.num_global_tokens))
 
     def encode(self, x: Tensor, attend: Attend, keep_hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Runs all layers and the final norm on embedded tokens [..., D].
@@ -246,7 +269,22 @@ class ModernBertModel(ModernBertPreTrainedModel):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
             radius = config.window_radius if layer_type == "sliding_attention" else None
-            return backend(rotate(q, *tables[layer_type]), rotate(k, *tables[layer_type]), v, packing, radius, dropout)
+            if config.num_global_tokens:
+                return attend_with_globals(
+                    q,
+                    k,
+                    v,
+                    num_global_tokens=config.num_global_tokens,
+                    tables=tables[layer_type],
+                    packing=packing,
+                    radius=radius,
+                    dropout=dropout,
+                    backend=backend,
+                    rows=ROWS[self.attention],
+                )
+            return backend(
+                rotate(q, *tables[layer_type]), rotate(k, *tables[layer_type]), v, packing, radius, dropout, None
+            )
 
         return attend
 
@@ -256,7 +294,7 @@ class ModernBertPredictionHead(nn.Module):
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
-        self.dense = _linear(
+        self.dense = linear(
             config.hidden_size, config.hidden_size, bias=config.classifier_bias, std=_narrow_std(config)
         )
         self.act = ACT2FN[config.classifier_activation]
@@ -276,6 +314,12 @@ class ModernBertEmbeddings(nn.Module):
         self.tok_embeddings.init_std = config.initializer_range
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.drop = nn.Dropout(config.embedding_dropout)
+        if config.num_global_tokens:
+            self.global_tokens = nn.Parameter(torch.empty(config.num_global_tokens, config.hidden_size))
+
+    def global_rows(self, batch: int) -> Tensor:
+        """The global tokens of `batch` sequences [B * G, D], normed as all that enters the first layer."""
+        return self.drop(self.norm(self.global_tokens).repeat(batch, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Token ids [...] or their embeddings [..., D] -> [..., D]."""
@@ -308,8 +352,8 @@ class ModernBertAttention(nn.Module):
         self.layer_type = layer_type
         self.heads_shape = (config.num_attention_heads, config.head_dim)
         hidden, bias = config.hidden_size, config.attention_bias
-        self.Wqkv = _linear(hidden, 3 * hidden, bias=bias, std=config.initializer_range)
-        self.Wo = _linear(hidden, hidden, bias=bias, std=_narrow_std(config))
+        self.Wqkv = linear(hidden, 3 * hidden, bias=bias, std=config.initializer_range)
+        self.Wo = linear(hidden, hidden, bias=bias, std=_narrow_std(config))
         self.out_drop = nn.Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
@@ -325,10 +369,10 @@ class ModernBertMLP(nn.Module):
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.Wi = _linear(hidden, 2 * inner, bias=bias, std=config.initializer_range)
+        self.Wi = linear(hidden, 2 * inner, bias=bias, std=config.initializer_range)
         self.act = ACT2FN[config.hidden_activation]
         self.drop = nn.Dropout(config.mlp_dropout)
-        self.Wo = _linear(inner, hidden, bias=bias, std=_narrow_std(config))
+        self.Wo = linear(inner, hidden, bias=bias, std=_narrow_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -3,15 +3,19 @@
 Every layer works on packed tokens, so padding costs nothing between the edges. A `Packing` says which token belongs
 to which sequence; attention backends read it, nothing else does.
 
-Shapes: B sequences, S padded length, T packed tokens.
+Shapes: B sequences, S padded length, T packed tokens, G shared keys per sequence, H heads, K size of a head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Packing:
     position_T: Tensor
     lengths: tuple[int, ...]
     padded_shape: tuple[int, int] | None = None
+    _built: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_mask(cls, attention_mask_BS: Tensor) -> Packing:
@@ -43,6 +48,13 @@ class Packing:
         position_T = torch.arange(len(sequence_T), device=cu_seqlens.device) - cu_seqlens.long()[sequence_T]
         return cls(sequence_T=sequence_T, position_T=position_T, lengths=tuple(length_B.tolist()))
 
+    def once(self, key: Hashable, build: Callable[[], Built]) -> Built:
+        """What `build` gives, made for the first layer that asks and kept for the others: masks, above all."""
+        if key not in self._built:
+            self._built[key] = build()
+        built: Built = self._built[key]
+        return built
+
     @property
     def full(self) -> bool:
         """Whether all sequences are of one length, so that packing is a reshape."""
@@ -58,3 +70,27 @@ class Packing:
             return x_TX
         x_BSX = x_TX.new_zeros(self.padded_shape + x_TX.shape[1:])
         return x_BSX.index_put((self.sequence_T, self.position_T), x_TX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedKeys:
+    """G keys and values per sequence that all of its tokens see, wherever they stand: those of its global tokens."""
+
+    k_BGHK: Tensor
+    v_BGHK: Tensor
+
+    @property
+    def k_XHK(self) -> Tensor:
+        """All keys one behind the other, X = B * G."""
+        return self.k_BGHK.flatten(0, 1)
+
+    @property
+    def v_XHK(self) -> Tensor:
+        """All values one behind the other."""
+        return self.v_BGHK.flatten(0, 1)
+
+    @property
+    def sequence_X(self) -> Tensor:
+        """Whose they are."""
+        batch, number = self.k_BGHK.shape[:2]
+        return torch.arange(batch, device=self.k_BGHK.device).repeat_interleave(number)

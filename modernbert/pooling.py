@@ -1,6 +1,6 @@
 """From token vectors to one vector per text: the head of an embedding model.
 
-Shapes: B sequences, S padded length, D hidden size.
+Shapes: B sequences, S padded length, G global tokens of each, D hidden size.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from modernbert.errors import InputError
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "global")
 
 
 class EmbeddingHead(nn.Module):
     """Pools token vectors and, if asked to, scales the result to length 1. It has no weights.
 
     Args:
-        pooling: "mean" over the tokens that are not padding, or "cls", the first position.
+        pooling: "mean" over the tokens that are not padding; "cls", the first position; or "global", the first global
+            token of a model that has some.
         normalize: whether vectors get length 1.
 
     Raises:
@@ -30,9 +31,19 @@ class EmbeddingHead(nn.Module):
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
         self.pooling, self.normalize = pooling, normalize
 
-    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor) -> Tensor:
-        """[B, S, D] and the mask [B, S] -> [B, D]; zeros for a row of nothing but padding under "mean"."""
-        if self.pooling == "cls":
+    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor, x_BGD: Tensor | None = None) -> Tensor:
+        """[B, S, D], the mask [B, S] and, for "global", [B, G, D] -> [B, D].
+
+        Under "mean" a row of nothing but padding gives zeros.
+
+        Raises:
+            InputError: "global" without global tokens.
+        """
+        if self.pooling == "global":
+            if x_BGD is None:
+                raise InputError("pooling 'global' needs a model with num_global_tokens of 1 or above; take 'mean'")
+            y_BD = x_BGD[:, 0]
+        elif self.pooling == "cls":
             y_BD = x_BSD[:, 0]
         else:
             mask_BS1 = attention_mask_BS.to(x_BSD.dtype)[:, :, None]

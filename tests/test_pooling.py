@@ -37,5 +37,5 @@ def test_normalized_has_length_one_and_no_nan_without_tokens() -> None:
 
 
 def test_unknown_pooling_is_refused() -> None:
-    with pytest.raises(InputError, match="mean, cls, not 'max'"):
+    with pytest.raises(InputError, match="mean, cls, global, not 'max'"):
         EmbeddingHead("max", normalize=True)

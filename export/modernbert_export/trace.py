@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modernbert.attention import rotary_tables
 from modernbert.config import LayerType
+from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
 from modernbert.pooling import EmbeddingHead
 from modernbert_export.ops import OPS
@@ -69,7 +70,15 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
     """Traces the model. Its weights stay in memory, shared with `model`.
 
     The value between two layers is named `layers.N.input`; `verify` reads them to find the first layer that differs.
+
+    Raises:
+        InputError: the model has global tokens.
     """
+    if model.config.num_global_tokens:
+        raise InputError(
+            f"models with global tokens cannot be exported yet: num_global_tokens is {model.config.num_global_tokens}, "
+            "must be 0"
+        )
     for op in OPS:
         op.register_schema()
     hidden = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
