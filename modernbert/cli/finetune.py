@@ -1,4 +1,4 @@
-"""`modernbert finetune` and `modernbert evaluate`."""
+"""`modernbert finetune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from modernbert.cli.common import ModelArgument, console, quiet_libraries
+from modernbert.cli.common import ModelArgument, console, quiet_libraries, sizes
 
 
 def finetune(
@@ -52,7 +52,7 @@ def finetune(
         max_length=max_length,
         learning_rate=learning_rate,
         temperature=temperature,
-        matryoshka=_sizes(matryoshka),
+        matryoshka=sizes(matryoshka),
         pooling=pooling,
         query_prompt=query_prompt,
         document_prompt=document_prompt,
@@ -65,11 +65,3 @@ def finetune(
     print(
         f"{out}: {report.steps} steps, loss {report.losses[0]:.3f} to {report.losses[-1]:.3f}, {report.seconds:.0f} s"
     )
-
-
-def _sizes(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")] if text.strip() else []
-    for part in parts:
-        if not part.isdecimal() or int(part) < 1:
-            raise typer.BadParameter(f"sizes must be numbers of at least 1 between commas, not {part!r}")
-    return [int(part) for part in parts]

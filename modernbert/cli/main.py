@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from modernbert.cli.embed import embed
+from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
 from modernbert.cli.finetune import finetune
 from modernbert.cli.training import demo
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, finetune, export, verify, embed):
+for command in (demo, finetune, evaluate, export, verify, embed):
     app.command()(command)
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
@@ -53,6 +54,7 @@ def main() -> None:
             "onnx_ir",
             "datasets",
             "sentence_transformers",
+            "scipy",
         ):
             _fail(f"this command needs {error.name}: pip install 'modernbert-deploy[export,train]'", 2)
         raise
