@@ -14,7 +14,7 @@ agree with transformers' sdpa in the same precision. They take turns; each turn 
 The ceiling is the best bf16 matrix product rate measured here: the model's own weight shapes, and 8,192 x 8,192. A
 share of it counts useful work: linear maps, and attention only where a layer looks; training counts three forwards.
 What cannot run here (a package, a backend, memory, time) is named with its reason, and the rest goes on. Exit code 0
-if tests passed and all that ran agreed, 1 otherwise, 2 where there is no GPU.
+if tests passed, something was measured in every task and all that ran agreed, 1 otherwise, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from torch_worker import OURS, PEER, Candidate, Worker, disagreement, make_checkpoint, write_batch
+from torch_worker import OURS, PEER, Candidate, OutOfTimeError, Worker, disagreement, make_checkpoint, write_batch
 from training_step import VOCABULARY, shapes, table, useful_flops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def main() -> int:
     (options.out / "gpu.md").write_text(text := as_markdown(report))
     print(text)
     tell(f"{report['seconds']:.0f} s; raw samples, tables: {options.out}/gpu.json, .md")
-    return 1 if tests["failed"] or any(task["disagree"] for task in tasks) else 0
+    return 1 if tests["failed"] or any(task["disagree"] or not task["seconds"] for task in tasks) else 0
 
 
 # -- Tests.
@@ -186,19 +186,16 @@ def measure_task(task: Task, model: Path, options: argparse.Namespace, *, deadli
     peaks: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         # All start at once: importing and loading take longer than measuring.
-        waiting = {c.name: stack.enter_context(Worker(c)) for c in candidates(task, model, options)}
+        waiting = {c.name: stack.enter_context(Worker(c, deadline=deadline)) for c in candidates(task, model, options)}
         able: dict[str, Worker] = {}
         reference: dict[str, float] | None = None
         for name, worker in waiting.items():
-            if time.monotonic() > deadline:
-                left_out[name] = "out of time"
-                continue
             try:
                 worker.ready()
                 reply = worker.run(batch, check=True)
                 worker.run(batch, repeats=2)
             except measure.WorkerError as error:
-                left_out[name] = str(error)
+                left_out[name] = str(error).removeprefix(f"{name}: ")
                 tell(f"  left out: {error}")
                 continue
             if reference is None:
@@ -209,14 +206,18 @@ def measure_task(task: Task, model: Path, options: argparse.Namespace, *, deadli
                 tell(f"  {name} {disagree[name]}")
                 continue
             able[name], samples[name] = worker, []
-        for _ in range(options.rounds):
-            for name, worker in able.items():
-                if time.monotonic() > deadline and samples[name]:
-                    continue
-                worker.run(batch)  # memory was given back after the last turn
-                reply = worker.run(batch, repeats=3)
-                samples[name] += reply["seconds"]
-                peaks[name] = reply["peak_bytes"]
+        try:
+            for _ in range(options.rounds):
+                for name, worker in able.items():
+                    worker.run(batch)  # memory was given back after the last turn
+                    reply = worker.run(batch, repeats=3)
+                    samples[name] += reply["seconds"]
+                    peaks[name] = reply["peak_bytes"]
+        except OutOfTimeError:
+            tell("  out of time: fewer rounds")
+    for name in [name for name in samples if not samples[name]]:
+        del samples[name]
+        left_out[name] = "out of time"
     return dataclasses.asdict(task) | {
         "name": task.name,
         "seconds": samples,
@@ -331,7 +332,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu only tries the script (default: cuda)")
     add("--tiny", action="store_true", help="a tiny model and short inputs: does the script work?")
-    add("--minutes", type=float, default=7.5, help="nothing new starts after these (default: 7.5)")
+    add("--minutes", type=float, default=7.5, help="nothing is waited for beyond these (default: 7.5)")
     add("--rounds", type=int, default=5, help="turns of three runs each (default: 5)")
     add("--work", type=Path, help="keeps the checkpoint (default: a temporary directory)")
     add("--out", type=Path, help="results (default: benchmarks/results/<date>_<gpu>/)")

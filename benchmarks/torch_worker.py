@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -33,6 +34,10 @@ OURS, PEER = "ours", "transformers"
 
 class OutOfMemoryError(measure.WorkerError):
     """The candidate does not fit into this machine's memory."""
+
+
+class OutOfTimeError(measure.WorkerError):
+    """The candidate did not answer before the deadline."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +70,13 @@ class Candidate:
 
 
 class Worker:
-    """One candidate in one fresh process. A context manager: leaving it ends the process."""
+    """One candidate in one fresh process. A context manager: leaving it ends the process.
 
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
+    Nothing is waited for beyond `deadline`, by time.monotonic(), where there is one.
+    """
+
+    def __init__(self, candidate: Candidate, *, deadline: float | None = None) -> None:
+        self.candidate, self.deadline = candidate, deadline
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), json.dumps(dataclasses.asdict(candidate))],
             stdin=subprocess.PIPE,
@@ -94,6 +102,10 @@ class Worker:
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        # A worker speaks when it is asked to, one line each, so nothing waits in Python's buffer.
+        left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0)
+        if not select.select([self._process.stdout], [], [], left)[0]:
+            raise OutOfTimeError(f"{self.candidate.name}: out of time")
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
