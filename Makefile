@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint peers slow bench clean
+.PHONY: demo test lint peers slow bench bench-training bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/modernbert demo
@@ -28,6 +28,14 @@ slow: $(STAMP)
 # Our export against transformers' on this machine: 15 minutes, 20 GB.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/export_latency.py
+
+# Our training step against transformers' on this machine: hours on two cores, 20 GB.
+bench-training: $(STAMP)
+	$(BIN)/python benchmarks/training_step.py
+
+# On a machine with a GPU, as it is: nothing is installed, so PYTHON must have torch and transformers.
+bench-gpu:
+	PYTHONPATH=.:export:runtime $(PYTHON) benchmarks/gpu.py $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

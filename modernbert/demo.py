@@ -24,7 +24,8 @@ from modernbert.data.corpus import Section, documents, read_sections, retrieval_
 from modernbert.data.tokenizer import save_tokenizer, train_tokenizer
 from modernbert.model import ModernBertForMaskedLM
 from modernbert.output import whole_directory
-from modernbert.training.finetune import finetune, sentence_transformer
+from modernbert.training.embedder import sentence_transformer
+from modernbert.training.finetune import finetune
 from modernbert.training.pretrain import config_for, pretrain
 from modernbert.training.progress import quiet_transformers
 from modernbert.training.retrieval import RetrievalScores, retrieval_scores, top
@@ -56,6 +57,7 @@ class Recipe:
     finetune_batch_size: int = 64
     finetune_max_length: int = 96
     finetune_learning_rate: float = 2e-3
+    finetune_temperature: float = 0.05
 
 
 def run(out: Path, *, recipe: Recipe | None = None, stdlib: Path | None = None, seed: int = 0) -> None:
@@ -112,6 +114,7 @@ def run(out: Path, *, recipe: Recipe | None = None, stdlib: Path | None = None, 
             batch_size=recipe.finetune_batch_size,
             max_length=recipe.finetune_max_length,
             learning_rate=recipe.finetune_learning_rate,
+            temperature=recipe.finetune_temperature,
             seed=seed,
         )
         before, after = (

@@ -19,6 +19,7 @@ RECIPE = Recipe(
     pretrain_max_length=64,
     finetune_steps=2,
     finetune_batch_size=8,
+    finetune_max_length=64,
 )
 
 

@@ -16,7 +16,9 @@ from modernbert.data.tokenizer import load_tokenizer, save_tokenizer, train_toke
 from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM, ModernBertModel
 from modernbert.output import whole_directory
-from modernbert.training.finetune import finetune, read_pairs, sentence_transformer
+from modernbert.training.embedder import sentence_transformer
+from modernbert.training.finetune import finetune
+from modernbert.training.pairs import read_pairs
 from modernbert.training.pretrain import config_for, pretrain
 from modernbert.training.retrieval import retrieval_scores
 

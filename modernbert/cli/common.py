@@ -39,3 +39,12 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def sizes(text: str) -> list[int]:
+    """Numbers of at least 1 between commas."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not part.isdecimal() or int(part) < 1:
+            raise typer.BadParameter(f"sizes must be numbers of at least 1 between commas, not {part!r}")
+    return [int(part) for part in parts]

@@ -13,9 +13,11 @@ from typing import Any
 import typer
 
 from modernbert.cli.embed import embed
+from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
+from modernbert.cli.finetune import finetune
 from modernbert.cli.training import demo
-from modernbert.errors import InputError, ParityError
+from modernbert.errors import InputError, ParityError, TrainingError
 from modernbert_runtime.errors import ModernBertRuntimeError
 
 app = typer.Typer(
@@ -24,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, export, verify, embed):
+for command in (demo, finetune, evaluate, export, verify, embed):
     app.command()(command)
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
@@ -52,10 +54,11 @@ def main() -> None:
             "onnx_ir",
             "datasets",
             "sentence_transformers",
+            "scipy",
         ):
             _fail(f"this command needs {error.name}: pip install 'modernbert-deploy[export,train]'", 2)
         raise
-    except ParityError as error:
+    except (ParityError, TrainingError) as error:
         _fail(str(error), 1)
 
 

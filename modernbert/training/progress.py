@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -46,13 +48,13 @@ class ProgressBar(TrainerCallback):
         self._progress.stop()
 
 
-def train_with_progress(trainer: Trainer, description: str) -> None:
-    """Runs `trainer` under a progress bar."""
+def train_with_progress(trainer: Trainer, description: str, *, resume_from: Path | None = None) -> None:
+    """Runs `trainer` under a progress bar, from the checkpoint in the folder `resume_from` if there is one."""
     bar = ProgressBar(description)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(bar)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=os.fspath(resume_from) if resume_from else None)
     finally:
         bar.stop()
 
