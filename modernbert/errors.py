@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class ParityError(Exception):
     """An artifact disagrees with PyTorch, or froze an axis. Nothing is written. The message may span lines."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on: the loss is not a number. The message is one line: step, learning rate, documents."""
