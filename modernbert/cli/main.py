@@ -14,8 +14,9 @@ import typer
 
 from modernbert.cli.embed import embed
 from modernbert.cli.export import export, verify
-from modernbert.cli.training import demo
-from modernbert.errors import InputError, ParityError
+from modernbert.cli.tokenizer import tokenizer
+from modernbert.cli.training import demo, pretrain
+from modernbert.errors import InputError, ParityError, TrainingError
 from modernbert_runtime.errors import ModernBertRuntimeError
 
 app = typer.Typer(
@@ -24,8 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, export, verify, embed):
+for command in (demo, pretrain, export, verify, embed):
     app.command()(command)
+app.add_typer(tokenizer, name="tokenizer")
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
 UsageError: Any = typer.BadParameter.__base__
@@ -52,10 +54,14 @@ def main() -> None:
             "onnx_ir",
             "datasets",
             "sentence_transformers",
+            "accelerate",
+            "optimi",
+            "pyarrow",
+            "tensorboard",
         ):
             _fail(f"this command needs {error.name}: pip install 'modernbert-deploy[export,train]'", 2)
         raise
-    except ParityError as error:
+    except (ParityError, TrainingError) as error:
         _fail(str(error), 1)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,6 +54,18 @@ def open_documents(
         raise InputError(f"text_unit must be one of {', '.join(get_args(TextUnit))}, not {text_unit!r}")
     opened = [file for source in sources for file in _files(source)]
     return (document for file in opened for document in _read(file, field, text_unit))
+
+
+class Corpus:
+    """The texts of `open_documents`, to be read as often as it takes."""
+
+    def __init__(self, sources: Sequence[str], *, field: str = "text", text_unit: TextUnit = "file") -> None:
+        self._sources, self._field, self._text_unit = sources, field, text_unit
+        open_documents(sources, field=field, text_unit=text_unit)  # whether they exist
+
+    def __iter__(self) -> Iterator[str]:
+        documents = open_documents(self._sources, field=self._field, text_unit=self._text_unit)
+        return (document.text for document in documents)
 
 
 def _files(source: str) -> list[Path | str]:
@@ -116,8 +127,3 @@ def _rows(source: Path | str, text_unit: TextUnit) -> Iterator[dict[str, Any]]:
     except Exception as error:  # datasets lets pyarrow's, fsspec's, zlib's and its own errors through
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         raise InputError(f"data {str(source)!r} cannot be read after row {count}: {reason}") from error
-
-
-def first_texts(documents: Iterable[Document], limit: int | None = None) -> list[str]:
-    """The texts alone, at most `limit` of them."""
-    return [document.text for document in islice(documents, limit)]
