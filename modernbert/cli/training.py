@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.cli.common import console, progress, quiet_libraries
+from modernbert.cli.common import console, quiet_libraries
 from modernbert.errors import InputError
 
 
@@ -68,6 +68,8 @@ def pretrain(
     if preset is None and num_global_tokens:
         raise InputError("--num-global-tokens is for a new model, with --preset; --model has those it was made with")
     quiet_libraries()
+    from accelerate import PartialState
+
     from modernbert.data.documents import open_documents
     from modernbert.data.tokenizer import load_tokenizer
     from modernbert.training import pretrain as training
@@ -105,4 +107,7 @@ def pretrain(
     else:
         config = training.extended(model, max_length=max_length, global_theta=global_theta)
     report = training.pretrain(config, loaded, documents, out, settings, weights=model, resume=resume, tell=console.print)
-    print(f"{out}: loss {report.losses[0]:.3f} at first, {report.losses[-1]:.3f} in the end, {report.counts}")
+    processes = PartialState()
+    if processes.is_main_process:
+        print(f"{out}: loss {report.losses[0]:.3f} at first, {report.losses[-1]:.3f} in the end")
+    processes.destroy_process_group()

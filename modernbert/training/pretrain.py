@@ -7,6 +7,7 @@ The same call runs on one CPU, on one GPU and, started by torchrun, on many.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from modernbert.config import ModernBertConfig, load_config
 from modernbert.data.documents import Document
@@ -150,43 +152,52 @@ def pretrain(
             resume that does not.
         TrainingError: the loss is not a number. What the run has left so far stays.
     """
+    config = copy.deepcopy(config)  # models write into theirs
     require_vocabulary(config, tokenizer)
     if settings.max_length > config.max_position_embeddings:
         raise InputError(f"max_length must be at most {config.max_position_embeddings}, not {settings.max_length}")
     collator = Collator.of(
         tokenizer, mlm_probability=settings.mlm_probability, segments=settings.sop_segments, seed=settings.seed
     )
-    run, processes = RunDirectory(out), PartialState()
+    run, processes = RunDirectory(out), PartialState(cpu=_on_cpu())
     main = processes.is_main_process
     arguments = _training_arguments(settings, run.path, processes.num_processes)
     model = _joint_model(config, weights, settings)
     if main:
-        identity = {"config": config.to_dict(), "tokenizer": _fingerprint(tokenizer), "weights": str(weights)}
-        run.open({**settings.that_decide(), **identity}, resume=resume)
+        run.open({**settings.that_decide(), **_identity(config, tokenizer, weights)}, resume=resume)
     try:
         if main:
             _write_data(documents, tokenizer, run, settings, tell)
         processes.wait_for_everyone()
         pieces = Pieces(run.data)
         data = PackedPieces(pieces, settings.max_length, settings.sop_segments)
-        tell(f"{pieces.counts}; {len(data):,} bins of {settings.max_length:,} tokens, {data.fill:.1%} filled")
+        if main:
+            bins = f"{len(data):,} bins of {settings.max_length:,} tokens, {data.fill:.1%} filled"
+            tell(f"{pieces.counts}; {bins}")
         trainer = PretrainingTrainer(model, arguments, data=data, collator=collator, run=run)
+        if settings.tensorboard and main:
+            trainer.add_callback(TensorBoardCallback(_summary_writer(run.tensorboard)))
         train_with_progress(trainer, "pretraining", resume_from=run.rewind())
         if main:
             with whole_directory(out) as partial, quiet_transformers():
                 model.save(partial)
                 save_tokenizer(tokenizer, partial)
                 run.keep_log(partial)
-        report = PretrainingReport(counts=pieces.counts, fill=data.fill, log=run.read_log())
     except BaseException as error:
         # Kept is what can be resumed, or tells what went wrong.
         if main and not (resume or run.checkpoints() or isinstance(error, TrainingError)):
             run.remove()
         raise
     processes.wait_for_everyone()
+    report = PretrainingReport(counts=pieces.counts, fill=data.fill, log=run.read_log())
+    processes.wait_for_everyone()
     if main:
         run.remove()
     return report
+
+
+def _on_cpu() -> bool:
+    return not torch.accelerator.is_available()
 
 
 def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int) -> TrainingArguments:
@@ -195,6 +206,8 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
         raise InputError("precision 'fp16' needs a GPU; choose bf16 or fp32")
     arguments = TrainingArguments(
         output_dir=str(directory),
+        use_cpu=_on_cpu(),
+        ddp_find_unused_parameters=False,
         max_steps=settings.max_steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
@@ -259,8 +272,20 @@ def _write_data(
         )
 
 
-def _fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def _summary_writer(directory: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # an extra
+
+    return SummaryWriter(str(directory))
+
+
+def _identity(
+    config: ModernBertConfig, tokenizer: PreTrainedTokenizerFast, weights: Path | None
+) -> dict[str, str | int | float | None]:
+    """What model and tokenizer a run is about."""
+    bookkeeping = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+    fields = {f"config.{name}": value for name, value in config.to_dict().items() if name not in bookkeeping}
+    tokens = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    return {**fields, "tokenizer": tokens, "weights": str(weights)}
 
 
 def common_arguments(scratch: Path, *, max_steps: int, learning_rate: float, seed: int) -> dict[str, Any]:
