@@ -11,6 +11,7 @@ Shapes: T packed tokens, B sequences, D hidden size, C = k! orders.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class SentenceOrderHead(nn.Module):
         super().__init__()
         self.dense = ModernBertPredictionHead(config)
         self.classifier = nn.Linear(config.hidden_size, math.factorial(segments))
-        self.classifier.init_std = config.initializer_range  # type: ignore[assignment]  # read by _init_weights
+        self.classifier.init_std = config.initializer_range  # read by _init_weights
 
     def forward(self, first_BD: Tensor) -> Tensor:
         """[B, D] -> logits [B, C]."""
@@ -46,7 +47,7 @@ class SentenceOrderHead(nn.Module):
 
 @dataclass
 class PreTrainingOutput(ModelOutput):
-    """`loss` = masked-LM loss + weight * ordering loss; the latter and `order_logits` [B, C] are None without a head."""
+    """`loss` = masked-LM loss + weight * ordering loss; what is about order is None without a head. Logits are [B, C]."""
 
     loss: Tensor | None = None
     masked_lm_loss: Tensor | None = None
@@ -113,12 +114,21 @@ class ModernBertForPreTraining(ModernBertPreTrainedModel):
             order_logits=logits_BC,
         )
 
-    def save(self, out: Path) -> None:
-        """Writes the masked LM in transformers' layout, and the head beside it."""
-        self.masked_lm.save_pretrained(out)
-        if self.sentence_order is not None:
-            weights = {name: weight.contiguous() for name, weight in self.sentence_order.state_dict().items()}
-            save_file(weights, out / HEAD_FILE)
+    def save(self, out: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the masked LM in transformers' layout, and the head beside it.
+
+        Args:
+            out: a directory.
+            weights: the state dict to write, where this model has but a shard of it.
+        """
+        weights = self.state_dict() if weights is None else weights
+        masked_lm, head = (
+            {name.removeprefix(part): weight for name, weight in weights.items() if name.startswith(part)}
+            for part in ("masked_lm.", "sentence_order.")
+        )
+        self.masked_lm.save_pretrained(out, state_dict=masked_lm)
+        if head:
+            save_file({name: weight.contiguous() for name, weight in head.items()}, out / HEAD_FILE)
 
     def load_head(self, directory: Path) -> None:
         """Continues with the head that stands beside a masked LM; keeps the new one where there is none.

@@ -61,9 +61,7 @@ def train(config: ModernBertConfig, tokenizer: PreTrainedTokenizerFast) -> Train
     def train(out: Path, *, start: ModernBertConfig = config, **given: Any) -> PretrainingReport:
         options = {name: given.pop(name) for name in ("resume", "weights", "tell") if name in given}
         settings = dict(max_steps=6, batch_tokens=256, max_length=32, learning_rate=5e-3, checkpoint_every=2)
-        return pretrain(
-            start, tokenizer, in_memory(texts()), out, PretrainSettings(**{**settings, **given}), **options
-        )
+        return pretrain(start, tokenizer, in_memory(texts()), out, PretrainSettings(**{**settings, **given}), **options)
 
     return train
 
@@ -294,7 +292,9 @@ def test_a_second_phase_goes_on_with_a_longer_context_and_another_theta(
     assert (saved.max_position_embeddings, saved.rope_theta("full_attention")) == (16384, 160_000)
     old, new = (ModernBertForPreTraining.load(path).state_dict() for path in (first, tmp_path / "out"))
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
-    with pytest.raises(InputError, match=f"{HEAD_FILE}' does not fit: it tells 2 orders apart, sop_segments asks for 6"):
+    with pytest.raises(
+        InputError, match=f"{HEAD_FILE}' does not fit: it tells 2 orders apart, sop_segments asks for 6"
+    ):
         train(tmp_path / "other", start=start, weights=first, sop_segments=3)
 
 

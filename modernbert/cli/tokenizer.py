@@ -20,14 +20,17 @@ def group() -> None:
 @tokenizer.command()
 def train(
     text: Annotated[
-        list[str], typer.Argument(metavar="TEXT...", help="Text, JSON lines, Parquet, directories of them, hub datasets.")
+        list[str],
+        typer.Argument(metavar="TEXT...", help="Text, JSON lines, Parquet, directories of them, hub datasets."),
     ],
     out: Annotated[Path, typer.Option(help="Directory to make.")],
     vocab_size: Annotated[int, typer.Option(help="Most tokens; rounded up to a multiple of 64.")] = 50_368,
     max_length: Annotated[int, typer.Option(help="Most tokens of an input, kept with the tokenizer.")] = 8192,
     cased: Annotated[bool, typer.Option("--cased", help="Upper and lower case differ.")] = False,
     field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    text_unit: Annotated[str, typer.Option(help="A document of a .txt: the whole file, a paragraph or a line.")] = "file",
+    text_unit: Annotated[
+        str, typer.Option(help="A document of a .txt: the whole file, a paragraph or a line.")
+    ] = "file",
 ) -> None:
     """Train a WordPiece tokenizer, and compare it with one of BERT's 30,522 tokens trained on the same text."""
     quiet_libraries()

@@ -28,7 +28,9 @@ def pretrain(
         list[str],
         typer.Option(metavar="PATH", help="Text, JSON lines, Parquet, a directory of them, a hub dataset; repeatable."),
     ],
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="What `modernbert tokenizer train` wrote, or a hub id.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="DIR", help="What `modernbert tokenizer train` wrote, or a hub id.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory to make. The unfinished run stands beside it, in OUT.run.")],
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     preset: Annotated[str | None, typer.Option(help="Size of a new model: large, base, 68m, 32m, 17m or tiny.")] = None,
@@ -60,7 +62,9 @@ def pretrain(
     seed: Annotated[int, typer.Option(help="Of weights, order, masking and reordering.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT.run.")] = False,
     field: Annotated[str, typer.Option(help="Field that holds the text.")] = "text",
-    text_unit: Annotated[str, typer.Option(help="A document of a .txt: the whole file, a paragraph or a line.")] = "file",
+    text_unit: Annotated[
+        str, typer.Option(help="A document of a .txt: the whole file, a paragraph or a line.")
+    ] = "file",
 ) -> None:
     """Pretrain on text: masked language modelling and sentence ordering. Start it with torchrun for many devices."""
     if (preset is None) == (model is None):
@@ -106,7 +110,9 @@ def pretrain(
             raise InputError("--global-theta is for --model; a new model has what its preset says")
     else:
         config = training.extended(model, max_length=max_length, global_theta=global_theta)
-    report = training.pretrain(config, loaded, documents, out, settings, weights=model, resume=resume, tell=console.print)
+    report = training.pretrain(
+        config, loaded, documents, out, settings, weights=model, resume=resume, tell=console.print
+    )
     processes = PartialState()
     if processes.is_main_process:
         print(f"{out}: loss {report.losses[0]:.3f} at first, {report.losses[-1]:.3f} in the end")

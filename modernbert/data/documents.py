@@ -35,9 +35,7 @@ def in_memory(texts: Iterable[str]) -> list[Document]:
     return [Document(f"document {number}", text) for number, text in enumerate(texts, start=1)]
 
 
-def open_documents(
-    sources: Sequence[str], *, field: str = "text", text_unit: TextUnit = "file"
-) -> Iterator[Document]:
+def open_documents(sources: Sequence[str], *, field: str = "text", text_unit: TextUnit = "file") -> Iterator[Document]:
     """Checks that the sources exist, and reads them one behind the other.
 
     Args:

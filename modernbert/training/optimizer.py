@@ -11,17 +11,18 @@ from torch import nn
 WEIGHT_DECAY = 1e-5
 
 
-def stable_adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def stable_adamw(model: nn.Module, learning_rate: float, *, sharded: bool = False) -> torch.optim.Optimizer:
     """AdamW whose step is cut where the gradient outgrows its running variance (Wortsman et al. 2023, 2304.13013).
 
-    Norms and biases, that is parameters of one dimension, do not decay.
+    Norms and biases, that is parameters of one dimension, do not decay. Of `sharded` parameters the optimizer's Triton
+    kernels would see a part, and take its mean for the whole's.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    return optimi.StableAdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    return optimi.StableAdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-6, triton=False if sharded else None)
 
 
 def schedule_arguments(warmup_steps: int, decay_steps: int) -> dict[str, Any]:

@@ -36,6 +36,10 @@ from modernbert.training.settings import PretrainSettings
 from modernbert.training.trainer import PretrainingTrainer
 
 
+# The embeddings stay in the root's group: the decoder, which is there too, shares their weights.
+_FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["ModernBertLayer"]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
     """How a run went: `losses` are means over successive stretches of steps."""
@@ -178,9 +182,10 @@ def pretrain(
         if settings.tensorboard and main:
             trainer.add_callback(TensorBoardCallback(_summary_writer(run.tensorboard)))
         train_with_progress(trainer, "pretraining", resume_from=run.rewind())
+        weights_now = trainer.accelerator.get_state_dict(trainer.model)  # of all ranks together, where they are sharded
         if main:
             with whole_directory(out) as partial, quiet_transformers():
-                model.save(partial)
+                model.save(partial, weights_now)
                 save_tokenizer(tokenizer, partial)
                 run.keep_log(partial)
     except BaseException as error:
@@ -216,6 +221,7 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         torch_compile=settings.compile,
+        **({"fsdp": True, "fsdp_config": _FSDP} if settings.fsdp else {}),
         seed=settings.seed,
         dataloader_num_workers=settings.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -237,13 +243,17 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
     return arguments
 
 
-def _joint_model(config: ModernBertConfig, weights: Path | None, settings: PretrainSettings) -> ModernBertForPreTraining:
+def _joint_model(
+    config: ModernBertConfig, weights: Path | None, settings: PretrainSettings
+) -> ModernBertForPreTraining:
     transformers.set_seed(settings.seed)
     with quiet_transformers():
         masked_lm = ModernBertForMaskedLM(config) if weights is None else load_masked_lm(weights, config)
     masked_lm.set_attention(settings.attention)
     if settings.gradient_checkpointing:
-        masked_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it; older ones know the old name alone.
+        enable = getattr(masked_lm, "activation_checkpointing_enable", None) or masked_lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     model = ModernBertForPreTraining(masked_lm, settings.sop_segments, settings.sop_weight)
     if weights is not None:
         model.load_head(weights)

@@ -1,11 +1,11 @@
 """What a training run keeps beside its output until it is done: text in pieces, checkpoints, the log.
 
-    OUT.run/settings.json     what was asked for: a run continues with the same or not at all
-    OUT.run/data/             pieces of the corpus, memory-mapped
-    OUT.run/checkpoint-N/     whole, because it is renamed into place
-    OUT.run/log.jsonl         one line per logged step
-    OUT.run/tensorboard/      the same for TensorBoard
-    OUT.run/diverged.json     the documents of the batch whose loss was not a number
+OUT.run/settings.json     what was asked for: a run continues with the same or not at all
+OUT.run/data/             pieces of the corpus, memory-mapped
+OUT.run/checkpoint-N/     whole, because it is renamed into place
+OUT.run/log.jsonl         one line per logged step
+OUT.run/tensorboard/      the same for TensorBoard
+OUT.run/diverged.json     the documents of the batch whose loss was not a number
 """
 
 from __future__ import annotations

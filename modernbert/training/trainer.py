@@ -70,8 +70,9 @@ class PretrainingTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """StableAdamW for the model, wrapped or not."""
-        if self.optimizer is None:
-            self.optimizer = stable_adamw(self.model if model is None else model, self.args.learning_rate)
+        if self.optimizer is None:  # type: ignore[has-type]  # set by Trainer
+            trained = self.model if model is None else model
+            self.optimizer = stable_adamw(trained, self.args.learning_rate, sharded=self.is_fsdp_enabled)
         return self.optimizer
 
     # Loss
@@ -114,9 +115,7 @@ class PretrainingTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The joint loss; its parts are kept for the log."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self._sums[0] += outputs.masked_lm_loss.detach().double().cpu()
         if outputs.order_loss is not None:
             self._sums[1] += outputs.order_loss.detach().double().cpu()
