@@ -209,7 +209,7 @@ def torchrun(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, *options: str) 
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("loss") == 1 + result.stdout.count("out: loss") - 1  # the first rank alone speaks
+    assert len(result.stdout.splitlines()) == 1  # the first rank alone speaks
     return [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
 
 

@@ -107,14 +107,14 @@ def test_an_order_that_the_words_give_away_is_learned(tmp_path: Path) -> None:
 def test_sentence_ordering_is_learned_on_text_that_training_has_not_seen(tmp_path: Path) -> None:
     train, held_out = split(read_sections())
     tokenizer = train_tokenizer([document.text for document in docstrings(train)], vocab_size=4096)
-    settings = PretrainSettings(max_steps=STEPS, batch_tokens=2048, max_length=96, learning_rate=2e-3)
-    report = pretrain(
-        config_for(tokenizer, "tiny", local_attention=64), tokenizer, docstrings(train), tmp_path / "out", settings
-    )
+    settings = PretrainSettings(max_steps=300, batch_tokens=2048, max_length=96, learning_rate=2e-3)
+    # Initial weights of 0.02 are for wide models: with them one of width 128 tells no order for hundreds of steps.
+    config = config_for(tokenizer, "tiny", local_attention=64, initializer_range=0.08)
+    report = pretrain(config, tokenizer, docstrings(train), tmp_path / "out", settings)
     score = order_score(
         ModernBertForPreTraining.load(tmp_path / "out"), tokenizer, docstrings(held_out), segments=2, max_length=96
     )
     assert score.pieces > 400
     assert score.chance == 0.5
-    assert score.accuracy > 0.6, score
+    assert score.accuracy > 0.65, score  # 0.754 when this was written; 0.6 would be five standard deviations of luck
     assert report.log[-1]["masked_lm_loss"] < report.log[0]["masked_lm_loss"] - 1.5  # the other task is learned too
