@@ -124,7 +124,7 @@ def test_pretrain_refuses_bad_input_and_writes_nothing(
         (corpus, ("--model", bert), "of model_type 'bert'; it must be 'modernbert'"),
         (corpus, ("--model", tmp_path / "none"), "no readable config.json"),
         (corpus, ("--preset", "huge"), "preset must be one of"),
-        (corpus, ("--global-theta", 1e5), "--global-theta is for --model"),
+        (corpus, ("--global-theta", -1), "rope_theta must be a number above 0"),
         (corpus, ("--max-steps", "many"), "--max-steps"),
         (corpus, ("--resume",), "no run to resume"),
         (corpus, ("--precision", "fp8"), "precision must be one of"),

@@ -36,7 +36,8 @@ def pretrain(
     preset: Annotated[str | None, typer.Option(help="Size of a new model: large, base, 68m, 32m, 17m or tiny.")] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Model to train further, not a new one.")] = None,
     global_theta: Annotated[
-        float | None, typer.Option(help="Rotary theta of global layers from now on: 160000 when going to 8,192 tokens.")
+        float | None,
+        typer.Option(help="Rotary theta of global layers: 10000 for 1,024 tokens, 160000 for 8,192."),
     ] = None,
     num_global_tokens: Annotated[int, typer.Option(help="Global tokens of a new model.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a step, on all ranks together.")] = 65_536,
@@ -107,7 +108,7 @@ def pretrain(
         overrides: dict[str, Any] = {"num_global_tokens": num_global_tokens} if num_global_tokens else {}
         config = training.config_for(loaded, str(preset), **overrides)
         if global_theta is not None:
-            raise InputError("--global-theta is for --model; a new model has what its preset says")
+            config = training.with_global_theta(config, global_theta)
     else:
         config = training.extended(model, max_length=max_length, global_theta=global_theta)
     report = training.pretrain(

@@ -35,7 +35,6 @@ from modernbert.training.run_directory import RunDirectory
 from modernbert.training.settings import PretrainSettings
 from modernbert.training.trainer import PretrainingTrainer
 
-
 # The embeddings stay in the root's group: the decoder, which is there too, shares their weights.
 _FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["ModernBertLayer"]}
 
@@ -100,10 +99,20 @@ def extended(model: Path, *, max_length: int | None = None, global_theta: float 
     Raises:
         InputError: there is no ModernBERT, or a value is out of range.
     """
-    values = load_config(model).to_dict()
-    values["max_position_embeddings"] = max(values["max_position_embeddings"], max_length or 0)
-    if global_theta is not None:
-        values["rope_parameters"]["full_attention"]["rope_theta"] = global_theta
+    config = load_config(model)
+    values = {**config.to_dict(), "max_position_embeddings": max(config.max_position_embeddings, max_length or 0)}
+    extended = ModernBertConfig.from_dict(values)
+    return extended if global_theta is None else with_global_theta(extended, global_theta)
+
+
+def with_global_theta(config: ModernBertConfig, theta: float) -> ModernBertConfig:
+    """The same with another base of the rotary frequencies in global layers.
+
+    Raises:
+        InputError: it is not above 0.
+    """
+    values = copy.deepcopy(config.to_dict())
+    values["rope_parameters"]["full_attention"]["rope_theta"] = float(theta)
     return ModernBertConfig.from_dict(values)
 
 
