@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 
 from modernbert.config import ModernBertConfig
 from modernbert.data.corpus import Section, documents, read_sections, retrieval_pairs, split
+from modernbert.data.documents import in_memory
 from modernbert.data.tokenizer import save_tokenizer, train_tokenizer
 from modernbert.model import ModernBertForMaskedLM
 from modernbert.output import whole_directory
@@ -29,6 +30,7 @@ from modernbert.training.finetune import finetune
 from modernbert.training.pretrain import config_for, pretrain
 from modernbert.training.progress import quiet_transformers
 from modernbert.training.retrieval import RetrievalScores, retrieval_scores, top
+from modernbert.training.settings import PretrainSettings
 
 QUERIES = (
     "open a gzip file",
@@ -96,13 +98,16 @@ def run(out: Path, *, recipe: Recipe | None = None, stdlib: Path | None = None, 
         pretrain(
             config,
             tokenizer,
-            texts,
+            in_memory(texts),
             partial / "pretrained",
-            max_steps=recipe.pretrain_steps,
-            batch_tokens=recipe.pretrain_batch_tokens,
-            max_length=recipe.pretrain_max_length,
-            learning_rate=recipe.pretrain_learning_rate,
-            seed=seed,
+            PretrainSettings(
+                max_steps=recipe.pretrain_steps,
+                batch_tokens=recipe.pretrain_batch_tokens,
+                max_length=recipe.pretrain_max_length,
+                learning_rate=recipe.pretrain_learning_rate,
+                sop_segments=0,
+                seed=seed,
+            ),
         )
 
         progress.print(f"[bold]3/6[/] contrastive fine-tuning on {len(train_pairs)} titles and their sections")

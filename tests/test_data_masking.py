@@ -1,11 +1,11 @@
 import math
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from modernbert.data.masking import masking_collator
+from modernbert.data.masking import IGNORED, Masking
 from modernbert.data.tokenizer import train_tokenizer
 from modernbert.errors import InputError
 
@@ -16,12 +16,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def samples(tokenizer: PreTrainedTokenizerFast) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-    bodies = (
-        torch.randint(5, len(tokenizer), (length,), generator=generator).tolist() for length in [500] * 50 + [20] * 50
-    )
-    return [{"input_ids": [tokenizer.cls_token_id, *body, tokenizer.sep_token_id]} for body in bodies]
+def ids(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
+    """Text with special tokens strewn in: 2 [CLS], 3 [SEP], 1 [UNK], 0 [PAD], 4 [MASK]."""
+    ids = np.random.default_rng(0).integers(5, len(tokenizer), 30_000)
+    ids[::50], ids[1::50], ids[2::50], ids[3::50], ids[4::50] = 2, 3, 1, 0, 4
+    return ids
 
 
 def within(count: int, trials: int, probability: float) -> bool:
@@ -29,55 +28,41 @@ def within(count: int, trials: int, probability: float) -> bool:
     return abs(count - trials * probability) <= 5 * math.sqrt(trials * probability * (1 - probability))
 
 
-def originals(batch: dict[str, Tensor]) -> Tensor:
-    return torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
-
-
 def test_shares_of_what_is_chosen_and_what_becomes_of_it(
-    tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, list[int]]]
+    tokenizer: PreTrainedTokenizerFast, ids: NDArray[np.int64]
 ) -> None:
-    batch = masking_collator(tokenizer)(samples)
-    chosen = batch["labels"] != -100
-    words = originals(batch) >= 5
+    hidden, labels = Masking.of(tokenizer)(ids, np.random.default_rng(1))
+    chosen, words = labels != IGNORED, ids >= 5
     assert within(int(chosen.sum()), int(words.sum()), 0.3)
-    ids, labels, total = batch["input_ids"][chosen], batch["labels"][chosen], int(chosen.sum())
-    masked, kept = ids == tokenizer.mask_token_id, ids == labels
-    luck = 1 / len(tokenizer)  # a random token may be the mask or the token itself
-    assert within(int(masked.sum()), total, 0.8 + 0.1 * luck)
+    assert (labels[chosen] == ids[chosen]).all()
+    assert (hidden[~chosen] == ids[~chosen]).all()
+    masked, kept = hidden[chosen] == tokenizer.mask_token_id, hidden[chosen] == ids[chosen]
+    total, luck = int(chosen.sum()), 1 / (len(tokenizer) - 5)  # a random token may be the token itself
+    assert within(int(masked.sum()), total, 0.8)
     assert within(int(kept.sum()), total, 0.1 + 0.1 * luck)
-    random = ids[~masked & ~kept]
-    assert len(random.unique()) > 0.9 * len(tokenizer)
+    random = hidden[chosen][~masked & ~kept]
+    assert len(np.unique(random)) > 0.9 * len(tokenizer)
 
 
-def test_special_tokens_are_never_chosen_and_others_never_changed(
-    tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, list[int]]]
+def test_special_tokens_are_never_chosen_and_never_drawn(
+    tokenizer: PreTrainedTokenizerFast, ids: NDArray[np.int64]
 ) -> None:
-    unknown = {"input_ids": [tokenizer.cls_token_id, *[tokenizer.unk_token_id] * 100, tokenizer.sep_token_id]}
-    batch = masking_collator(tokenizer, mlm_probability=0.9)([*samples, unknown])
-    original = originals(batch)
-    assert not torch.isin(batch["labels"], torch.arange(5)).any()
-    for row, sample in zip(original, [*samples, unknown], strict=True):
-        length = len(sample["input_ids"])
-        assert row[:length].tolist() == sample["input_ids"]
-        assert (row[length:] == tokenizer.pad_token_id).all()
-    assert batch["attention_mask"].sum() == sum(len(sample["input_ids"]) for sample in [*samples, unknown])
+    hidden, labels = Masking.of(tokenizer, 0.9)(ids, np.random.default_rng(1))
+    assert (labels[ids < 5] == IGNORED).all()
+    drawn = hidden[(labels != IGNORED) & (hidden != tokenizer.mask_token_id)]
+    assert drawn.min() >= 5
 
 
-def test_a_new_draw_every_time_and_the_same_draws_for_the_same_seed(
-    tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, list[int]]]
-) -> None:
-    first, again, other = (masking_collator(tokenizer, seed=seed) for seed in (1, 1, 2))
-    torch.manual_seed(3)
-    epochs = [first(samples)["input_ids"] for _ in range(2)]
-    assert not torch.equal(*epochs)
-    torch.manual_seed(4)
-    assert all(torch.equal(again(samples)["input_ids"], epoch) for epoch in epochs)
-    assert not torch.equal(other(samples)["input_ids"], epochs[0])
+def test_a_draw_follows_from_the_generator(tokenizer: PreTrainedTokenizerFast, ids: NDArray[np.int64]) -> None:
+    mask, random = Masking.of(tokenizer), np.random.default_rng(1)
+    first, second = mask(ids, random)[1], mask(ids, random)[1]
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, mask(ids, np.random.default_rng(1))[1])
 
 
 def test_bad_input_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    for probability in (0.0, 1.0, -0.1):
+    for probability in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(InputError, match="mlm_probability must be above 0"):
-            masking_collator(tokenizer, mlm_probability=probability)
+            Masking.of(tokenizer, probability)
     with pytest.raises(InputError, match="no mask token"):
-        masking_collator(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]"))
+        Masking.of(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="[PAD]"))

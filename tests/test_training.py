@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerFast
 
 from modernbert.config import ModernBertConfig
+from modernbert.data.documents import in_memory
 from modernbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM, ModernBertModel
@@ -21,6 +22,7 @@ from modernbert.training.finetune import finetune
 from modernbert.training.pairs import read_pairs
 from modernbert.training.pretrain import config_for, pretrain
 from modernbert.training.retrieval import retrieval_scores
+from modernbert.training.settings import PretrainSettings
 
 TOPICS = ["river water fish boat", "engine wheel road car", "bread flour oven salt", "star moon planet sky"]
 # Initial weights of 0.02 are for large models; one of width 32 would learn nothing for its first hundred steps.
@@ -44,7 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def pretrained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("training") / "pretrained"
     report = run_pretraining(tokenizer, out, max_steps=60)
-    assert report.steps == 60
+    assert len(report.losses) == 60
     # Within a topic 4 words remain, so a model that reads the context reaches ln 4 = 1.4; without, ln 16 = 2.8.
     assert report.losses[0] > 4
     assert np.mean(report.losses[-5:]) < 2.2
@@ -52,8 +54,11 @@ def pretrained(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
 
 
 def run_pretraining(tokenizer: PreTrainedTokenizerFast, out: Path, **options: Any) -> Any:
-    defaults: dict[str, Any] = dict(max_steps=2, batch_tokens=512, max_length=16, learning_rate=1e-2)
-    return pretrain(config_for(tokenizer, "tiny", **SIZE), tokenizer, sentences(100, 1), out, **{**defaults, **options})
+    defaults: dict[str, Any] = dict(
+        max_steps=2, batch_tokens=512, max_length=16, learning_rate=1e-2, sop_segments=0, decay_steps=1
+    )
+    settings = PretrainSettings(**{**defaults, **options})
+    return pretrain(config_for(tokenizer, "tiny", **SIZE), tokenizer, in_memory(sentences(100, 1)), out, settings)
 
 
 @pytest.fixture(scope="module")
@@ -181,23 +186,18 @@ def test_bad_pairs_are_refused(tmp_path: Path, name: str, content: str | None, m
 
 
 def test_bad_pretraining_input_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    out, settings = tmp_path / "out", PretrainSettings(max_steps=1, max_length=16)
     config = config_for(tokenizer, "tiny", **SIZE)
     small = ModernBertConfig.preset("tiny", **{**config.to_dict(), **SIZE, "vocab_size": 64})
     other = config_for(tokenizer, "tiny", pad_token_id=1)
-    for texts, given, options, message in (
-        ([], config, {}, "corpus is empty"),
-        (["  "], config, {}, "corpus is empty"),
-        (["a"], small, {}, "vocab_size is 64"),
-        (["a"], other, {}, "pads with id 0, the model with 1"),
-        (["a"], config, {"max_length": 9000}, "max_length must be from 8 to 8192"),
-        (["a"], config, {"batch_tokens": 10}, "batch_tokens must be at least"),
-        (["a"], config, {"max_steps": 0}, "max_steps must be at least 1"),
-        (["a"], config, {"learning_rate": 0.0}, "learning_rate must be above 0"),
-        (["a"], config, {"attention": "none"}, "attention must be one of"),
+    for texts, given, message in (
+        ([], config, "corpus is empty"),
+        (["  "], config, "corpus is empty"),
+        (["a"], small, "vocab_size is 64"),
+        (["a"], other, "pads with id 0, the model with 1"),
     ):
         with pytest.raises(InputError, match=message):
-            pretrain(given, tokenizer, texts, out, **{"max_steps": 1, **options})
+            pretrain(given, tokenizer, in_memory(texts), out, settings)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,8 @@ from modernbert.cli.embed import embed
 from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
 from modernbert.cli.finetune import finetune
-from modernbert.cli.training import demo
+from modernbert.cli.tokenizer import tokenizer
+from modernbert.cli.training import demo, pretrain
 from modernbert.errors import InputError, ParityError, TrainingError
 from modernbert_runtime.errors import ModernBertRuntimeError
 
@@ -26,8 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, finetune, evaluate, export, verify, embed):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed):
     app.command()(command)
+app.add_typer(tokenizer, name="tokenizer")
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
 UsageError: Any = typer.BadParameter.__base__
@@ -55,6 +57,10 @@ def main() -> None:
             "datasets",
             "sentence_transformers",
             "scipy",
+            "accelerate",
+            "optimi",
+            "pyarrow",
+            "tensorboard",
         ):
             _fail(f"this command needs {error.name}: pip install 'modernbert-deploy[export,train]'", 2)
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +21,12 @@ class ProgressBar(TrainerCallback):
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]}{task.fields[speed]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._progress.add_task(description, total=None, loss="-")
+        self._task = self._progress.add_task(description, total=None, loss="-", speed="")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Shows the bar."""
@@ -39,9 +38,13 @@ class ProgressBar(TrainerCallback):
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Shows the newest loss, the mean since the one before."""
-        if "loss" in (newest := state.log_history[-1]):
-            self._progress.update(self._task, loss=f"{newest['loss']:.3f}")
+        """Shows the newest loss, the mean since the one before, and the speed where it was measured."""
+        if "loss" not in (newest := state.log_history[-1]):
+            return
+        self._progress.update(self._task, loss=f"{newest['loss']:.3f}")
+        if "tokens_per_second" in newest:
+            share = newest["model_flop_utilisation"]
+            self._progress.update(self._task, speed=f", {newest['tokens_per_second']:,.0f} tokens/s, {share:.0%} MFU")
 
     def stop(self) -> None:
         """Leaves the bar on the screen and gives the terminal back."""
@@ -49,12 +52,14 @@ class ProgressBar(TrainerCallback):
 
 
 def train_with_progress(trainer: Trainer, description: str, *, resume_from: Path | None = None) -> None:
-    """Runs `trainer` under a progress bar, from the checkpoint in the folder `resume_from` if there is one."""
-    bar = ProgressBar(description)
+    """Runs `trainer` under a progress bar, from a checkpoint if one is given; the first process alone shows it."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(bar)
+    bar = ProgressBar(description)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(bar)
     try:
-        trainer.train(resume_from_checkpoint=os.fspath(resume_from) if resume_from else None)
+        with quiet_transformers():  # a checkpoint without the tied weights is reported as incomplete
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         bar.stop()
 

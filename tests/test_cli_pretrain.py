@@ -1,0 +1,149 @@
+"""`modernbert tokenizer train` and `modernbert pretrain` as users meet them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import transformers
+from conftest import write_checkpoint
+
+from modernbert.cli.main import main
+from modernbert.data.tokenizer import load_tokenizer
+from modernbert.training.trainer import PretrainingTrainer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["modernbert", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("corpus") / "topics.jsonl"
+    texts = [topics[name] for name in sorted(topics)[:12]]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture
+def tokenizer(corpus: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    assert run("tokenizer", "train", corpus, "--vocab-size", 1000, "--out", out)[0] == 0
+    return out
+
+
+def test_tokenizer_train_compares_vocabularies(corpus: Path, run: Run, tmp_path: Path) -> None:
+    code, shown, told = run("tokenizer", "train", corpus, "--vocab-size", 1000, "--out", tmp_path / "out")
+    assert code == 0
+    assert "vocab_size 1,000 is rounded up to 1,024, a multiple of 64" in " ".join(told.split())
+    assert len(load_tokenizer(tmp_path / "out")) == 1024
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("|")]
+    assert rows[0] == ["vocabulary", "tokens", "tokens per word", "unknown"]
+    small, large = (dict(zip(rows[0], row, strict=True)) for row in rows[2:])
+    assert small["tokens"] == "1,024"
+    assert large["vocabulary"] == "BERT's size, 30,522"
+    assert 1 < float(large["tokens per word"]) < float(small["tokens per word"])
+    assert all(float(row["unknown"].rstrip("%")) < 0.1 for row in (small, large))
+
+
+def test_tokenizer_train_refuses_bad_input(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    for arguments, named in (
+        ((tmp_path / "none.txt",), "does not exist"),
+        ((tmp_path / "empty.txt",), "is empty"),
+        ((tmp_path / "empty.txt", "--vocab-size", "0"), ""),
+        ((), "TEXT"),
+    ):
+        code, shown, told = run("tokenizer", "train", *arguments, "--out", tmp_path / "out")
+        assert (code, shown) == (2, "")
+        assert named in told.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def pretrain(run: Run, data: Path, tokenizer: Path, out: Path, *options: object) -> tuple[int, str, str]:
+    size = ["--max-steps", 2, "--batch-tokens", 128, "--max-length", 64]
+    preset = () if "--model" in options else ("--preset", "tiny")
+    return run("pretrain", "--data", data, "--tokenizer", tokenizer, "--out", out, *preset, *size, *options)
+
+
+def test_pretrain_then_extend_then_open_in_stock_transformers(
+    run: Run, corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    code, shown, told = pretrain(run, corpus, tokenizer, tmp_path / "first")
+    assert code == 0, told
+    assert f"{tmp_path}/first: loss" in shown
+    told = " ".join(told.split())
+    assert "12 documents" in told
+    assert "documents were longer than the context and cut" in told
+    assert "% filled" in told
+    assert "tokens/s" in told
+    assert "MFU" in told
+    code, _, told = pretrain(
+        run, corpus, tokenizer, tmp_path / "second", "--model", tmp_path / "first", "--global-theta", 20000
+    )
+    assert code == 0, told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    assert (tmp_path / "second" / "training_log.jsonl").read_text().count("\n") == 2
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "second")
+    assert type(model) is transformers.ModernBertForMaskedLM
+    assert model.config.rope_parameters["full_attention"]["rope_theta"] == 20000
+
+
+def test_pretrain_refuses_bad_input_and_writes_nothing(
+    run: Run, corpus: Path, tokenizer: Path, tmp_path: Path, checkpoint: Path
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    bert = tmp_path / "bert"
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=99)
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(bert)
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "row.jsonl").write_text('{"text": "a word"}\n{"text": 7}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1" * 9)
+    encoder = write_checkpoint(tmp_path / "other")
+    for data, options, named in (
+        (tmp_path / "empty.jsonl", (), "the corpus is empty"),
+        (tmp_path / "row.jsonl", (), "row 2: field 'text' must be text, it is 7"),
+        (tmp_path / "broken.parquet", (), "cannot be read after row 0"),
+        (tmp_path / "none.jsonl", (), "does not exist"),
+        (corpus, ("--field", "body"), "choose another with --field"),
+        (corpus, ("--model", encoder), "use the tokenizer that the model was made with"),
+        (corpus, ("--model", bert), "of model_type 'bert'; it must be 'modernbert'"),
+        (corpus, ("--model", tmp_path / "none"), "no readable config.json"),
+        (corpus, ("--preset", "huge"), "preset must be one of"),
+        (corpus, ("--global-theta", -1), "rope_theta must be a number above 0"),
+        (corpus, ("--max-steps", "many"), "--max-steps"),
+        (corpus, ("--resume",), "no run to resume"),
+        (corpus, ("--precision", "fp8"), "precision must be one of"),
+    ):
+        code, shown, told = pretrain(run, data, tokenizer, work / "out", *options)
+        assert (code, shown) == (2, ""), told
+        line = told.splitlines()[-1]
+        assert line.startswith("modernbert: "), told
+        assert named in line
+        assert list(work.iterdir()) == []
+
+
+def test_a_loss_that_is_not_a_number_is_exit_code_1(
+    run: Run, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = PretrainingTrainer.compute_loss
+    monkeypatch.setattr(
+        PretrainingTrainer, "compute_loss", lambda *given, **options: before(*given, **options) * float("nan")
+    )
+    code, shown, told = pretrain(run, corpus, tokenizer, tmp_path / "out")
+    assert (code, shown) == (1, "")
+    assert f"the loss is nan at step 1, learning rate 0, on {corpus}:" in told.splitlines()[-1]
