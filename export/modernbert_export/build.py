@@ -16,6 +16,7 @@ import torch
 from modernbert.errors import ParityError
 from modernbert.model import ModernBertModel, load_model
 from modernbert_export.lower import lower
+from modernbert_export.ops.op import Target
 from modernbert_export.precision import FILES
 from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, smooth
@@ -62,7 +63,7 @@ class Builder:
     """
 
     source: Source
-    target: str
+    target: Target
     directory: Path
     scratch: Path
     texts: TextSet
@@ -70,9 +71,7 @@ class Builder:
     levels: int = LEVELS
     progress: Progress = lambda _: None
 
-    def build(
-        self, encoder: ModernBertModel, precisions: Sequence[str], rows: dict[str, torch.Tensor]
-    ) -> list[Built]:
+    def build(self, encoder: ModernBertModel, precisions: Sequence[str], rows: dict[str, torch.Tensor]) -> list[Built]:
         """Makes the files, in the order given. Uses the encoder up: the caller should drop it.
 
         Args:

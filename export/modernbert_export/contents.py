@@ -30,7 +30,19 @@ REPORTED = (512, 2048, 8192)
 # Second difference of a value that grows with the square of the length, over its size at the longest probe: 8 / 36.
 # A last block that is not full makes one of a few percent in values that do not.
 QUADRATIC = 0.15
-_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "double": 8, "int64": 8, "int32": 4, "uint8": 1, "int8": 1, "bool": 1}
+_BYTES = {
+    "float": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "double": 8,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "int8": 1,
+    "bool": 1,
+}
+# ONNX Runtime's arena gives a value any free block of up to twice its size, and counts all of it.
+ARENA = 2
 # Their output is their input's memory.
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 
@@ -41,8 +53,8 @@ class Contents:
 
     `operators` counts nodes, those inside loops too; `weight_bytes` are its constants; `flops` and `activation_bytes`
     map a number of tokens, as text, to what one row of that many takes: products of matrices only, and the most that is
-    alive at once beside the weights when every value stays until its last reader has run. An engine that fuses nodes
-    or works in place needs less.
+    alive at once beside the weights when every value stays until its last reader has run, times `ARENA`. An engine that
+    fuses nodes or works in place needs less.
     """
 
     operators: Mapping[str, int]
@@ -87,7 +99,7 @@ def read_contents(file: Path) -> Contents:
     activation_bytes = {}
     for tokens in REPORTED:
         sizes_there = {name: _extrapolate([probe.bytes_of.get(name, 0) for probe in probes], tokens) for name in names}
-        activation_bytes[str(tokens)] = _peak(proto.graph, sizes_there)
+        activation_bytes[str(tokens)] = ARENA * _peak(proto.graph, sizes_there)
     return Contents(
         operators=dict(collections.Counter(node.op_type for node in nodes).most_common()),
         weight_bytes=sum(_tensor_bytes(tensor) for tensor in stored),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -28,9 +29,9 @@ from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import Source, open_source
-from modernbert_export.text_fidelity import TextSet
+from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS
-from modernbert_export.verify import fidelity_grid, verify
+from modernbert_export.verify import fidelity_grid, verify, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
 
@@ -114,9 +115,11 @@ def export_with_reports(
     progress: Progress = lambda _: None,
 ) -> Export:
     """`export`, and what it found out on the way."""
-    check_precisions(target, tuple(precisions))
+    lowering = check_precisions(target, tuple(precisions))
     source = open_source(model, pooling=pooling, max_length=max_length)
-    texts = TextSet.read(source.path / "tokenizer.json", max_length=source.max_length, file=text)
+    compared = text is not None or "int8" in precisions
+    max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
+    texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
     weights = sum(path.stat().st_size for path in source.weight_files)
     # The checkpoint, and per precision a graph; fp32 is there for int8 in any case.
     room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
@@ -125,12 +128,12 @@ def export_with_reports(
         encoder = load_model(source.path)
         write_model_files(source, encoder, partial)
         (partial / "onnx").mkdir()
-        with InputSampler(encoder) as sampler:
+        with InputSampler(encoder) if "int8" in precisions else contextlib.nullcontext() as sampler:
             wanted = embed_text(encoder, texts, source.pooling, source.normalize, progress)
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(
                 source=source,
-                target=target,
+                target=lowering,
                 directory=partial / "onnx",
                 scratch=Path(scratch),
                 texts=texts,
@@ -138,12 +141,16 @@ def export_with_reports(
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
                 progress=progress,
             )
-            built = builder.build(encoder, precisions, sampler.rows)
+            built = builder.build(encoder, precisions, sampler.rows if sampler else {})
         del encoder, sampler, builder
         for one in built:
             check_saved(one.file)
         references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
-        artifacts = [_prove(one, source, references, partial, progress) for one in built]
+        artifacts = []
+        for one in built:
+            if text is not None and one.text is None:
+                one = dataclasses.replace(one, text=verify_text(one.file, texts, wanted, progress=progress))
+            artifacts.append(_prove(one, source, references, partial, progress))
         del references
         reports = [artifact.report for artifact in artifacts]
         (partial / "parity.json").write_text(json.dumps({"artifacts": [r.to_dict() for r in reports]}, indent=2) + "\n")

@@ -15,7 +15,7 @@ FLOOR = 1e-9
 
 
 def error_plot(reports: Sequence[ParityReport]) -> str:
-    """1 - cosine, the worst token of each length, over the length, both logarithmic; a line per artifact and reference."""
+    """1 - cosine of the worst token over the length, both logarithmic; a line per artifact and reference."""
     lines: dict[str, dict[int, float]] = {}
     for report in reports:
         for row in report.comparisons:
@@ -33,7 +33,8 @@ def error_plot(reports: Sequence[ParityReport]) -> str:
         return TOP + (HEIGHT - TOP - BOTTOM) * math.log10(error) / decades[0]
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="24" font-size="14">1 - cosine of the worst token, by length of the input</text>',
     ]

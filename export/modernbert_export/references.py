@@ -6,6 +6,7 @@ and without padding, and stands for every case of the grid that it occurs in.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from modernbert.config import load_config
 from modernbert.model import ModernBertModel, load_model
 from modernbert.pooling import EmbeddingHead
 from modernbert_export.parity import Case
@@ -43,17 +45,23 @@ class References:
 @torch.no_grad()
 def compute_references(checkpoint: Path, cases: Sequence[Case], progress: Progress = lambda _: None) -> References:
     """Runs both references on the texts of the cases. One model is in memory at a time."""
+    vocab_size = load_config(checkpoint).vocab_size
+    hidden = {}
+    for name, load, run in ((FLOAT64, _load_exact, _run_packed), (TRANSFORMERS, _load_stock, _run_alone)):
+        model = load(checkpoint)
+        hidden[name] = _by_case(cases, vocab_size, functools.partial(run, model), progress, name)
+        del model
+    return References(cases=tuple(cases), hidden=hidden, vocab_size=vocab_size)
+
+
+def _load_exact(checkpoint: Path) -> Any:
     model = load_model(checkpoint)
     model.set_attention("eager")
-    vocab_size = model.config.vocab_size
-    model.double()
-    hidden = {FLOAT64: _by_case(cases, vocab_size, lambda texts: _run_packed(model, texts), progress, FLOAT64)}
-    del model
-    stock = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
-    hidden[TRANSFORMERS] = _by_case(
-        cases, vocab_size, lambda texts: [_run_alone(stock, text) for text in texts], progress, TRANSFORMERS
-    )
-    return References(cases=tuple(cases), hidden=hidden, vocab_size=vocab_size)
+    return model.double()
+
+
+def _load_stock(checkpoint: Path) -> Any:
+    return transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 @torch.no_grad()
@@ -94,15 +102,12 @@ def _length(case: Case) -> int:
     return case.length
 
 
-def _run_packed(model: ModernBertModel, texts: list[Array]) -> list[Array]:
+def _run_packed(model: Any, texts: list[Array]) -> list[Array]:
     """All texts in one packed call, which proves that packing and padding agree."""
-    lengths = [len(text) for text in texts]
-    packed = torch.from_numpy(np.concatenate(texts))
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    hidden = model(packed, cu_seqlens=offsets).last_hidden_state.numpy()
-    return np.split(hidden, offsets[1:-1].numpy())
+    offsets = [0, *itertools.accumulate(map(len, texts))]
+    hidden = model(torch.from_numpy(np.concatenate(texts)), cu_seqlens=torch.tensor(offsets)).last_hidden_state
+    return np.split(hidden.numpy(), offsets[1:-1])
 
 
-def _run_alone(model: Any, text: Array) -> Array:
-    hidden: Array = model(input_ids=torch.from_numpy(text)[None]).last_hidden_state[0].numpy()
-    return hidden
+def _run_alone(model: Any, texts: list[Array]) -> list[Array]:
+    return [model(input_ids=torch.from_numpy(text)[None]).last_hidden_state[0].numpy() for text in texts]

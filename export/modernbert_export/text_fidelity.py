@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ MIN_COSINE, MIN_OVERLAP, MIN_RANK_CORRELATION = 0.99, 0.95, 0.95
 # Fewer texts than this make top-10 overlap say nothing: 10 of 19 others are right half of the time by chance.
 FEWEST_TEXTS = 32
 MOST_TEXTS, MOST_TOKENS, BATCH = 128, 128, 8
+# Enough where the texts only tell how far embeddings reach.
+FEW_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +86,21 @@ class TextFidelity:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSet:
-    """Texts to compare on, as token ids of at most `MOST_TOKENS`, and where they came from."""
+    """Texts to compare on, as token ids, and where they came from."""
 
     source: str
     ids: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def read(cls, tokenizer_file: Path, *, max_length: int, file: str | os.PathLike[str] | None = None) -> TextSet:
+    def read(
+        cls, tokenizer_file: Path, *, max_tokens: int = MOST_TOKENS, file: str | os.PathLike[str] | None = None
+    ) -> TextSet:
         """Texts of a file, one a line, or the built-in ones; at most `MOST_TEXTS`, spread evenly over all.
+
+        Args:
+            tokenizer_file: the checkpoint's tokenizer.json.
+            max_tokens: where texts are cut.
+            file: the user's own.
 
         Raises:
             InputError: the file cannot be read or has too few different texts.
@@ -100,7 +109,7 @@ class TextSet:
         chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), MOST_TEXTS)).astype(int)]
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(min(max_length, MOST_TOKENS))
+        tokenizer.enable_truncation(max_tokens)
         return cls(
             source=f"{Path(file).name!r}" if file is not None else "Python's documentation",
             ids=tuple(tuple(encoding.ids) for encoding in tokenizer.encode_batch(chosen)),
@@ -167,4 +176,4 @@ def _read_lines(file: Path) -> list[str]:
 def _built_in_texts() -> list[str]:
     """Titles and texts of Python's documentation: short as queries are, and long."""
     sections = [section for section in read_sections() if len(section.text.split()) >= 8]
-    return [part for section in sections for part in (section.title, section.text) if part]
+    return list(dict.fromkeys(part for section in sections for part in (section.title, section.text) if part))

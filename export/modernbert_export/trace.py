@@ -96,5 +96,10 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
         )
     assert program is not None
     graph = program.model.graph
+    for name, value in zip(hidden, graph.outputs[len(OUTPUTS) :], strict=True):
+        node = value.producer()
+        if node is not None and node.op_type == "Identity":  # an output that is something else's too
+            assert node.inputs[0] is not None
+            value.name, node.inputs[0].name = None, name
     del graph.outputs[len(OUTPUTS) :]
     return program.model

@@ -24,7 +24,7 @@ from modernbert.model import load_model
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import open_source
-from modernbert_export.text_fidelity import TextFidelity, TextSet, compare_text
+from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
 from modernbert_export.trace import INPUTS, OUTPUTS
 from modernbert_runtime.bundle import Bundle
 
@@ -97,9 +97,7 @@ def verify(
     return dataclasses.replace(report, first_difference=difference)
 
 
-def verify_text(
-    onnx_file: Path, texts: TextSet, wanted: Array, *, progress: Progress = lambda _: None
-) -> TextFidelity:
+def verify_text(onnx_file: Path, texts: TextSet, wanted: Array, *, progress: Progress = lambda _: None) -> TextFidelity:
     """Compares an artifact's embeddings of texts with the checkpoint's [texts, dim], as `embed_text` gives them."""
     session = open_session(onnx_file)
 
@@ -149,13 +147,11 @@ def verify_bundle(
     texts = None
     if text is not None or any(artifact.precision == "int8" for artifact in manifest.artifacts):
         tokenizer_file = bundle.path_of("tokenizer.json")
-        texts = TextSet.read(tokenizer_file, max_length=manifest.max_length, file=text)
+        texts = TextSet.read(tokenizer_file, max_tokens=min(manifest.max_length, MOST_TOKENS), file=text)
         encoder = load_model(checkpoint)
         wanted = embed_text(encoder, texts, manifest.pooling, manifest.normalize, progress)
         del encoder
-    references = compute_references(
-        checkpoint, fidelity_grid(load_config(checkpoint), manifest.max_length), progress
-    )
+    references = compute_references(checkpoint, fidelity_grid(load_config(checkpoint), manifest.max_length), progress)
     reports = []
     for artifact in manifest.artifacts:
         file = bundle.onnx_path(artifact)

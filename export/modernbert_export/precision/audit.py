@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class LayerRange:
 
     @property
     def fp32(self) -> tuple[str, ...]:
-        """"attention", "mlp", both or none."""
+        """ "attention", "mlp", both or none."""
         limit = FP16_MAX / HEADROOM
         attention = max(self.qkv, self.scores) > limit
         mlp = max(self.gated, self.branch) > limit
@@ -90,7 +91,8 @@ def audit(model: ModernBertModel, inputs: Sequence[Tensor]) -> tuple[LayerRange,
         return module.register_forward_pre_hook(hook)
 
     handles = []
-    for index, layer in enumerate(model.layers):
+    layers: list[Any] = list(model.layers)
+    for index, layer in enumerate(layers):
         handles += [
             watch(layer, index, output("residual")),
             watch(layer.attn.Wqkv, index, output("qkv"), scores),

@@ -4,7 +4,7 @@ Dynamic int8 gives all of a layer's input one range, so a channel with large val
 others. Dividing channel j of the input by s_j and multiplying column j of the weights by s_j leaves the product as it
 is and evens the ranges out (Xiao et al. 2022, "SmoothQuant", arXiv:2211.10438: s_j = max|x_j|^a / max|w_j|^(1-a)). The
 division costs nothing where something linear comes before: a norm's weights, the rows that make v, those that make the
-gate. Here s_j are powers of two, which floating point multiplies by exactly: the model computes the same bits as before.
+gate. Here s_j are powers of two, which floating point multiplies by exactly: the model computes the same bits.
 
 Shapes: R rows (tokens) of a sample, I inputs, O outputs of a linear layer.
 """
@@ -115,7 +115,7 @@ def smoothing_scales(x_RI: Tensor, w_OI: Tensor, strength: float | None) -> Tens
 
 
 def _producer(model: ModernBertModel, name: str) -> list[Tensor] | None:
-    """The parameters whose leading axis is the input's channels: dividing them divides the input. None if there are none.
+    """The parameters whose leading axis is the input's channels: dividing them divides the input. None if none are.
 
     The first layer's attention reads the embeddings themselves, which the residual stream reads too.
     """

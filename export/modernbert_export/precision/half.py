@@ -8,6 +8,7 @@ Inputs and outputs of the graph are those of the fp32 graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def to_half(model: ModernBertModel, dtype: torch.dtype, ranges: Sequence[LayerRa
     embeddings = model.embeddings
     embeddings.tok_embeddings.to(dtype)
     embeddings.norm = To(embeddings.norm, compute=fp32, output=fp32)  # type: ignore[assignment]
-    for layer, row in zip(model.layers, ranges, strict=True):
+    layers: list[Any] = list(model.layers)
+    for layer, row in zip(layers, ranges, strict=True):
         attention = fp32 if "attention" in row.fp32 else dtype
         mlp = fp32 if "mlp" in row.fp32 else dtype
         layer.attn_norm = To(layer.attn_norm, compute=fp32, output=dtype)

@@ -94,8 +94,8 @@ def _matrix(value: ir.Value | None) -> tuple[int, int] | None:
     """Rows and columns of a constant matrix."""
     if value is None or value.const_value is None or len(value.const_value.shape) != 2:
         return None
-    rows, columns = value.const_value.shape
-    return int(rows), int(columns)
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
 
 
 def _quantize_product(
@@ -166,5 +166,5 @@ def _replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
     inputs = [value for value in node.inputs if value is not None]
     graph.remove(node, safe=True)
     for value in inputs:
-        if not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
