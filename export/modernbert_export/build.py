@@ -6,6 +6,7 @@ islands are chosen in torch.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,7 @@ class Builder:
             ir.external_data.load_to_model(graph)
             ir.save(graph, file)
             del graph
+            gc.collect()  # it is full of cycles
             text = verify_text(file, self.texts, self.wanted, progress=self.progress)
             if text.passed:
                 break

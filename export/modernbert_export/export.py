@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -143,6 +144,7 @@ def export_with_reports(
             )
             built = builder.build(encoder, precisions, sampler.rows if sampler else {})
         del encoder, sampler, builder
+        gc.collect()  # graphs are full of cycles, and the references need their memory
         for one in built:
             check_saved(one.file)
         references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)

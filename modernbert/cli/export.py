@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
+    began = time.monotonic()
     quiet_libraries()
     from modernbert_export.export import export_with_reports
 
@@ -48,7 +51,7 @@ def export(
     manifest = exported.manifest
     print(
         f"{out}: {manifest.pooling} pooling, {manifest.dimension} dimensions, up to {manifest.max_length} tokens; "
-        f"proven against PyTorch:"
+        "proven against PyTorch:"
     )
     for artifact in exported.artifacts:
         figures = artifact.report.summary()
@@ -59,6 +62,14 @@ def export(
         if artifact.report.text is not None:
             print(f"\n{artifact.report.text.to_markdown()}")
         print(f"\n{artifact.contents.to_markdown('in the graph')}", end="")
+    print(f"\nTook {time.monotonic() - began:.0f} s{_peak_memory()}.")
+
+
+def _peak_memory() -> str:
+    """What this process needed at most, where the system says (Linux)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return f" and {int(found[1]) * 1024 / 1e9:.1f} GB of memory at most" if found else ""
 
 
 def verify(
