@@ -216,10 +216,13 @@ def take_turns(
     return seconds, peaks
 
 
-def gemm_rate(shapes: Sequence[tuple[int, int]], *, rows: int, threads: int, rounds: int, work: Path) -> list[float]:
-    """This machine's fp32 matrix product rate in FLOP/s, one sample a round: the ceiling for a model of these shapes.
+def gemm_rate(
+    shapes: Sequence[tuple[int, int]], *, rows: int, threads: int, rounds: int, work: Path, int8: bool = False
+) -> list[float]:
+    """This machine's matrix product rate in FLOP/s, one sample a round: the ceiling for a model of these shapes.
 
-    Measured with ONNX Runtime's MatMul: [rows, k] by a constant [k, n] for each (k, n) in `shapes`, one after another.
+    Measured with ONNX Runtime's MatMul in fp32, or MatMulInteger on uint8 and int8: [rows, k] by a constant [k, n] for
+    each (k, n) in `shapes`, one after another.
     """
     from onnx import TensorProto, helper, numpy_helper, save
 
@@ -227,11 +230,15 @@ def gemm_rate(shapes: Sequence[tuple[int, int]], *, rows: int, threads: int, rou
     nodes, outputs, weights = [], [], []
     inputs: dict[str, Any] = {}
     for index, (k, n) in enumerate(shapes):
-        inputs[f"x{index}"] = random.standard_normal((rows, k), dtype=np.float32)
-        weights.append(numpy_helper.from_array(random.standard_normal((k, n), dtype=np.float32), f"w{index}"))
-        nodes.append(helper.make_node("MatMul", [f"x{index}", f"w{index}"], [f"y{index}"]))
-        outputs.append(helper.make_tensor_value_info(f"y{index}", TensorProto.FLOAT, [rows, n]))
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in inputs.items()]
+        x, w = (random.standard_normal(shape, dtype=np.float32) for shape in ((rows, k), (k, n)))
+        inputs[f"x{index}"] = (x * 30 + 128).clip(0, 255).astype(np.uint8) if int8 else x
+        weights.append(numpy_helper.from_array((w * 30).clip(-127, 127).astype(np.int8) if int8 else w, f"w{index}"))
+        kind = "MatMulInteger" if int8 else "MatMul"
+        nodes.append(helper.make_node(kind, [f"x{index}", f"w{index}"], [f"y{index}"]))
+        result = TensorProto.INT32 if int8 else TensorProto.FLOAT
+        outputs.append(helper.make_tensor_value_info(f"y{index}", result, [rows, n]))
+    kind_in = TensorProto.UINT8 if int8 else TensorProto.FLOAT
+    values = [helper.make_tensor_value_info(name, kind_in, x.shape) for name, x in inputs.items()]
     graph = helper.make_graph(nodes, "gemm", values, outputs, weights)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), work / "gemm.onnx")
     np.savez(work / "gemm.npz", **inputs)

@@ -18,6 +18,7 @@ import transformers
 from conftest import TINY, WORDS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+import modernbert_export.build as build_module
 import modernbert_export.export as export_module
 from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
@@ -64,8 +65,8 @@ def source(checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_trace(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the graph of `bundle` in place of a trace of their own, which takes seconds."""
-    monkeypatch.setattr(export_module, "trace", lambda model, **_: None)
-    monkeypatch.setattr(export_module, "lower", lambda graph, target: ir.load(bundle / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "trace", lambda model, **_: None)
+    monkeypatch.setattr(build_module, "lower", lambda graph, target: ir.load(bundle / "onnx/model.onnx"))
 
 
 # The file
@@ -156,6 +157,10 @@ FAULTS: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
         lambda proto: setattr(proto.graph.input[1].type.tensor_type.shape.dim[1], "dim_param", "other"),
         "axes",
     ),
+    "another type of an input": (
+        lambda proto: setattr(proto.graph.input[0].type.tensor_type, "elem_type", onnx.TensorProto.INT32),
+        "types",
+    ),
     "another opset": (lambda proto: setattr(proto.opset_import[0], "version", 23), "opsets"),
     "operators of another domain": (
         lambda proto: proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1)),
@@ -186,6 +191,7 @@ def test_bundle_holds_what_other_tools_look_for(bundle: Path) -> None:
         "manifest.json",
         "parity.json",
         "parity.md",
+        "parity.svg",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
@@ -205,6 +211,18 @@ def test_bundle_holds_what_other_tools_look_for(bundle: Path) -> None:
     assert json.loads((bundle / "sentence_bert_config.json").read_text())["max_seq_length"] == 520
 
 
+def test_manifest_knows_memory_and_the_range_of_embeddings(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    sizes = manifest.artifacts[0].activation_bytes
+    assert set(sizes) == {"512", "2048", "8192"}
+    # Linear layers, windows and blocks of queries: nothing grows faster than the length.
+    assert sizes["512"] < sizes["8192"] <= 16.5 * sizes["512"]
+    low, high = np.array(manifest.calibration["low"]), np.array(manifest.calibration["high"])
+    assert low.shape == high.shape == (48,)
+    assert (low < high).all()
+    assert np.abs([low, high]).max() <= 1  # of vectors of unit length
+
+
 def test_manifest_is_true(bundle: Path, checkpoint: Path) -> None:
     manifest = Bundle.open(bundle).manifest
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
@@ -219,7 +237,7 @@ def test_manifest_is_true(bundle: Path, checkpoint: Path) -> None:
     assert (artifact.target, artifact.precision) == ("portable", "fp32")
     assert (artifact.file, artifact.data_file) == ("onnx/model.onnx", "onnx/model.onnx_data")
     assert (artifact.opset, artifact.ir_version) == (20, 10)
-    report = json.loads((bundle / "parity.json").read_text())
+    (report,) = json.loads((bundle / "parity.json").read_text())["artifacts"]
     assert artifact.parity == report["summary"]
     assert report["passed"] is True
     assert 0 < artifact.parity["max_abs_error"] <= 1e-4
@@ -367,7 +385,7 @@ def test_interrupted_export_leaves_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(export_module, step, fail)
+    monkeypatch.setattr(build_module if step == "trace" else export_module, step, fail)
     with pytest.raises(type(error)):
         export(str(source), tmp_path / "deep/out", max_length=3)
     assert not list((tmp_path / "deep").iterdir())
@@ -510,6 +528,13 @@ def test_max_length_is_the_smallest_of_what_is_said(source: Path) -> None:
             open_source(str(source), max_length=value)
 
 
+def spoil_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down.weight"] = weights.pop("model.layers.1.mlp.Wo.weight")
+    weights["model.layers.2.attn.Wo.weight"] = weights["model.layers.2.attn.Wo.weight"][:, :-1].contiguous()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
 BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda path: (path / "tokenizer.json").unlink(), "tokenizer.json"),
     "broken tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "tokenizer"),
@@ -521,6 +546,11 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (
         lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
         "pickled weights are not read",
+    ),
+    "weights missing, renamed and of another shape": (
+        spoil_weights,
+        "1 missing: layers.1.mlp.Wo.weight; 1 not part of a ModernBERT: layers.1.mlp.down.weight; "
+        "1 of another shape: layers.2.attn.Wo.weight [48, 47] instead of [48, 48]",
     ),
     "no config": (lambda path: (path / "config.json").unlink(), "config.json"),
     "broken modules.json": (lambda path: (path / "modules.json").write_text("["), "modules.json"),

@@ -178,7 +178,7 @@ def test_reference_of_another_width_is_refused_in_one_line(bundle: Path, tmp_pat
 def test_parity_holds_at_full_length(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", max_position_embeddings=8192, local_attention=128)
     export(str(checkpoint), tmp_path / "bundle")
-    report = json.loads((tmp_path / "bundle" / "parity.json").read_text())
+    (report,) = json.loads((tmp_path / "bundle" / "parity.json").read_text())["artifacts"]
     assert report["passed"]
     compared = {(row["reference"], row["case"]["length"]) for row in report["comparisons"]}
     assert {(name, length) for name in ("float64 eager", "transformers") for length in (2048, 8192)} <= compared

@@ -2,81 +2,164 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
 import importlib.metadata
+import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import ParityError
 from modernbert.model import load_model
 from modernbert.output import whole_directory
+from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
-from modernbert_export.lower import IR_VERSION, lower
-from modernbert_export.source import open_source
-from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS, trace
-from modernbert_export.verify import verify
+from modernbert_export.contents import Contents, read_contents
+from modernbert_export.lower import IR_VERSION
+from modernbert_export.parity import ParityReport
+from modernbert_export.plot import error_plot
+from modernbert_export.precision import check_precisions
+from modernbert_export.precision.calibrate import InputSampler
+from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
+from modernbert_export.references import References, compute_references, embed_text
+from modernbert_export.source import Source, open_source
+from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
+from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS
+from modernbert_export.verify import fidelity_grid, verify, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
 
-# What an export writes beside its weights (tokenizer, graph), with room to spare.
+Progress = Callable[[str], None]
+
+# What an export writes beside its weights (tokenizer, graphs), with room to spare.
 EXTRA_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """One artifact that passed: its file below the bundle, its external weights, its report and contents."""
+
+    precision: str
+    file: str
+    data_file: str | None
+    report: ParityReport
+    contents: Contents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an export wrote: the manifest, and per artifact the report and what the graph contains."""
+
+    manifest: Manifest
+    artifacts: tuple[Exported, ...]
 
 
 def export(
     model: str,
     out: str | os.PathLike[str],
     *,
+    target: str = "portable",
+    precisions: Sequence[str] = ("fp32",),
     pooling: str | None = None,
     max_length: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    text: str | os.PathLike[str] | None = None,
+    reduce_range: bool | None = None,
+    progress: Progress = lambda _: None,
 ) -> Manifest:
     """Exports a ModernBERT to ONNX, proves that it computes what PyTorch does, and writes the bundle.
 
     Args:
         model: checkpoint directory or hub id.
         out: directory to make. It appears only when everything is in it and verified.
+        target: the lowering, one of `precision.SUPPORTED`.
+        precisions: one artifact each, the preferred one first.
         pooling: "mean" or "cls"; by default what the checkpoint says, else "mean".
         max_length: most tokens of a text; by default what the checkpoint says.
+        text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
+        reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
         progress: is told what is being done, in a few words.
 
     Raises:
         InputError: the checkpoint or a parameter cannot be used.
-        ParityError: the graph does not compute what PyTorch does.
+        ParityError: a graph does not compute what PyTorch does.
     """
+    return export_with_reports(
+        model,
+        out,
+        target=target,
+        precisions=precisions,
+        pooling=pooling,
+        max_length=max_length,
+        text=text,
+        reduce_range=reduce_range,
+        progress=progress,
+    ).manifest
+
+
+def export_with_reports(
+    model: str,
+    out: str | os.PathLike[str],
+    *,
+    target: str = "portable",
+    precisions: Sequence[str] = ("fp32",),
+    pooling: str | None = None,
+    max_length: int | None = None,
+    text: str | os.PathLike[str] | None = None,
+    reduce_range: bool | None = None,
+    progress: Progress = lambda _: None,
+) -> Export:
+    """`export`, and what it found out on the way."""
+    lowering = check_precisions(target, tuple(precisions))
     source = open_source(model, pooling=pooling, max_length=max_length)
+    compared = text is not None or "int8" in precisions
+    max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
+    texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
     weights = sum(path.stat().st_size for path in source.weight_files)
-    with whole_directory(Path(out), room=2 * _fp32_bytes(source.config, weights) + EXTRA_BYTES) as partial:
+    # The checkpoint, and per precision a graph; fp32 is there for int8 in any case.
+    room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
+    with whole_directory(Path(out), room=room) as partial:
         progress("loading the checkpoint")
         encoder = load_model(source.path)
         write_model_files(source, encoder, partial)
-        progress("tracing")
-        graph = trace(encoder, pooling=source.pooling, normalize=source.normalize)
-        progress("lowering to standard ONNX")
-        graph = lower(graph, "portable")
-        file = partial / "onnx" / "model.onnx"
-        file.parent.mkdir()
-        ir.save(graph, file, external_data=f"{file.name}_data")
-        del encoder, graph
-        check_saved(file)
-
-        report = verify(
-            file,
-            source.path,
-            artifact="onnx/model.onnx",
-            precision="fp32",
-            pooling=source.pooling,
-            normalize=source.normalize,
-            max_length=source.max_length,
-            progress=progress,
+        (partial / "onnx").mkdir()
+        with InputSampler(encoder) if "int8" in precisions else contextlib.nullcontext() as sampler:
+            wanted = embed_text(encoder, texts, source.pooling, source.normalize, progress)
+        with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
+            builder = Builder(
+                source=source,
+                target=lowering,
+                directory=partial / "onnx",
+                scratch=Path(scratch),
+                texts=texts,
+                wanted=wanted,
+                levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
+                progress=progress,
+            )
+            built = builder.build(encoder, precisions, sampler.rows if sampler else {})
+        del encoder, sampler, builder
+        gc.collect()  # graphs are full of cycles, and the references need their memory
+        for one in built:
+            check_saved(one.file)
+        references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
+        artifacts = []
+        for one in built:
+            if text is not None and one.text is None:
+                one = dataclasses.replace(one, text=verify_text(one.file, texts, wanted, progress=progress))
+            artifacts.append(_prove(one, source, references, partial, progress))
+        del references
+        reports = [artifact.report for artifact in artifacts]
+        (partial / "parity.json").write_text(json.dumps({"artifacts": [r.to_dict() for r in reports]}, indent=2) + "\n")
+        (partial / "parity.md").write_text(
+            "\n".join(f"{a.report.to_markdown()}\n{a.contents.to_markdown(f'`{a.file}`')}" for a in artifacts)
         )
-        if report.failures:
-            raise ParityError(report.to_markdown())
-        (partial / "parity.json").write_text(report.to_json())
-        (partial / "parity.md").write_text(report.to_markdown())
+        (partial / "parity.svg").write_text(error_plot(reports))
         progress("hashing")
         manifest = Manifest(
             generator=f"modernbert-deploy {importlib.metadata.version('modernbert-deploy')}",
@@ -87,21 +170,55 @@ def export(
             normalize=source.normalize,
             max_length=source.max_length,
             prompts=source.prompts,
-            artifacts=(
+            artifacts=tuple(
                 Artifact(
-                    target="portable",
-                    precision="fp32",
-                    file="onnx/model.onnx",
-                    data_file="onnx/model.onnx_data",
+                    target=target,
+                    precision=artifact.precision,
+                    file=artifact.file,
+                    data_file=artifact.data_file,
                     opset=OPSET_VERSION,
                     ir_version=IR_VERSION,
-                    parity=report.summary(),
-                ),
+                    parity=artifact.report.summary(),
+                    activation_bytes=artifact.contents.activation_bytes,
+                )
+                for artifact in artifacts
             ),
             files=hash_files(partial),
+            calibration={"low": tuple(wanted.min(0).tolist()), "high": tuple(wanted.max(0).tolist())},
         )
         (partial / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+    return Export(manifest=manifest, artifacts=tuple(artifacts))
+
+
+def _prove(built: Built, source: Source, references: References, root: Path, progress: Progress) -> Exported:
+    """Verifies a file on the grid and reads back what is in it.
+
+    Raises:
+        ParityError: it must not be written.
+    """
+    name = built.file.relative_to(root).as_posix()
+    report = verify(
+        built.file,
+        source.path,
+        artifact=name,
+        precision=built.precision,
+        pooling=source.pooling,
+        normalize=source.normalize,
+        max_length=source.max_length,
+        references=references,
+        progress=progress,
+    )
+    report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=built.notes)
+    if not report.passed:
+        raise ParityError(report.to_markdown())
+    progress(f"reading back {built.file.name}")
+    return Exported(
+        precision=built.precision,
+        file=name,
+        data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
+        report=report,
+        contents=read_contents(built.file),
+    )
 
 
 def check_saved(file: Path) -> None:
@@ -115,12 +232,15 @@ def check_saved(file: Path) -> None:
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.input, *proto.graph.output)
     }
+    types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
     wanted = {name: ["batch", "sequence"] for name in INPUTS}
     hidden = axes[OUTPUTS[0]][-1]
     wanted |= {OUTPUTS[0]: ["batch", "sequence", hidden], OUTPUTS[1]: ["batch", hidden]}
+    integers, floats = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     opsets = {opset.domain: opset.version for opset in proto.opset_import}
     for what, got, want in (
         ("axes", axes, wanted),
+        ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(OUTPUTS, floats)),
         ("opsets", opsets, {"": OPSET_VERSION}),
         ("ir_version", proto.ir_version, IR_VERSION),
         ("functions", [function.name for function in proto.functions], []),

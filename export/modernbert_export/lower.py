@@ -28,10 +28,13 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
         function = ir.serde.deserialize_function(op.bodies[target].to_function_proto())
         model.functions[function.identifier()] = function
     common.InlinePass()(model)
+    # Layers repeat what depends on mask and length alone, such as the bias of the band: once is enough. Merged before
+    # the optimizer's rewrite rules run, whose time grows with the square of the nodes.
+    optimizer.fold_constants(model, output_size_limit=FOLD_LIMIT)
+    common.RemoveUnusedNodesPass()(model)
+    _merge_equal(model)
     optimizer.optimize(model, inline=False, output_size_limit=FOLD_LIMIT)
-    # Layers repeat what depends on mask and length alone, such as the bias of the band: once is enough.
-    common.DeduplicateInitializersPass(size_limit=FOLD_LIMIT)(model)
-    common.CommonSubexpressionEliminationPass()(model)
+    _merge_equal(model)
     SplitMatMulPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -40,3 +43,9 @@ def lower(model: ir.Model, target: Target) -> ir.Model:
     left = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == OPSET.domain}
     assert not left, f"nodes without a body: {left}"
     return model
+
+
+def _merge_equal(model: ir.Model) -> None:
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass(size_limit=FOLD_LIMIT)(model)
+    common.CommonSubexpressionEliminationPass()(model)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
+from modernbert_export.weights import check_weights
 from modernbert_runtime.manifest import POOLINGS
 
 SPECIAL_TOKENS = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token")
@@ -73,6 +74,7 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
             f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
         )
     modules = _modules(path)
+    check_weights(name, sorted(path.glob("model*.safetensors")), config)
     return Source(
         name=name,
         path=path,

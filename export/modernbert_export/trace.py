@@ -45,7 +45,7 @@ class TracedEmbedder(nn.Module):
         """[B, S] ids and mask -> the two outputs, then the hidden states (the input of every layer)."""
         config = self.model.config
         x_BSD = self.model.embeddings(input_ids)
-        key_bias_BS = (1 - attention_mask.to(x_BSD.dtype)) * HIDDEN_KEY
+        hidden_BS = 1 - attention_mask.to(x_BSD.dtype)
         position_S = torch.arange(input_ids.shape[1])
         # Scores are scaled by way of the queries, and these by way of their tables, where it costs nothing.
         scale = config.head_dim**-0.5
@@ -57,7 +57,10 @@ class TracedEmbedder(nn.Module):
         def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, layer_type: LayerType) -> Tensor:
             table, scaled_table = tables[layer_type]
             q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-            q, k = rotary(q, *scaled_table), rotary(k, *table)
+            # Angles are fp32; their sines have the precision of what they turn.
+            q, k = rotary(q, *(x.to(q.dtype) for x in scaled_table)), rotary(k, *(x.to(k.dtype) for x in table))
+            # fp16 ends at -65,504: half of that leaves room for the score.
+            key_bias_BS = (hidden_BS * max(HIDDEN_KEY, torch.finfo(q.dtype).min / 2)).to(q.dtype)
             if layer_type == "full_attention":
                 return global_attention(q, k, v, key_bias_BS).transpose(1, 2)
             return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
@@ -98,8 +101,14 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
             dynamo=True,
             dynamic_shapes=(axes, axes),
             custom_translation_table={op.torch_op: op.node for op in OPS},
+            optimize=False,  # `lower` does it, once
         )
     assert program is not None
     graph = program.model.graph
+    for name, value in zip(hidden, graph.outputs[len(OUTPUTS) :], strict=True):
+        node = value.producer()
+        if node is not None and node.op_type == "Identity":  # an output that is something else's too
+            assert node.inputs[0] is not None
+            value.name, node.inputs[0].name = None, name
     del graph.outputs[len(OUTPUTS) :]
     return program.model

@@ -1,14 +1,14 @@
 """Parity: what ONNX Runtime computes from an exported file against PyTorch, on shapes that catch the usual mistakes.
 
-Two references that do not share code: our model in float64 with `eager` attention, and transformers' ModernBERT in
-fp32. Lengths lie on both sides of the window's edge and of a block's; batches are unpadded, padded right, and padded
-left with one row of nothing but padding.
+Lengths lie on both sides of the window's edge and of a block's; batches are unpadded, padded right, and padded left
+with one row of nothing but padding. `references` says what they are compared with.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import transformers
 from numpy.typing import NDArray
 
 from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
-from modernbert.model import ModernBertModel, load_model
-from modernbert_export.parity import MAX_ABS_ERROR, Case, Comparison, ParityReport
+from modernbert.model import load_model
+from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
+from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import open_source
-from modernbert_export.trace import OUTPUTS
+from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
+from modernbert_export.trace import INPUTS, OUTPUTS
 from modernbert_runtime.bundle import Bundle
 
 Array = NDArray[Any]
@@ -58,6 +59,7 @@ def verify(
     pooling: str,
     normalize: bool,
     max_length: int,
+    references: References | None = None,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """Compares an ONNX file with the checkpoint that it should compute.
@@ -70,43 +72,61 @@ def verify(
         pooling: how `sentence_embedding` is made.
         normalize: whether it has unit length.
         max_length: longest input of the grid.
+        references: what `compute_references` gave for this checkpoint and grid, if another artifact needed it too.
         progress: is told what is being done, in a few words.
     """
-    model = load_model(reference)
-    model.set_attention("eager")
-    cases = fidelity_grid(model.config, max_length)
-    inputs = [case.inputs(model.config.vocab_size) for case in cases]
-
+    if references is None:
+        references = compute_references(reference, fidelity_grid(load_config(reference), max_length), progress)
     session = open_session(onnx_file)
-    actual = [_run(session, feed) for feed in _told(inputs, progress, "ONNX Runtime")]
+    rows = []
+    for index, case in enumerate(references.cases):
+        progress(f"parity: ONNX Runtime, case {index + 1} of {len(references.cases)}")
+        feed = case.inputs(references.vocab_size)
+        actual = dict(zip(OUTPUTS, session.run(OUTPUTS, feed), strict=True))
+        for name, hidden in references.hidden.items():
+            pooled = _pool(hidden[case], feed["attention_mask"], pooling, normalize)
+            wanted = {OUTPUTS[0]: hidden[case], OUTPUTS[1]: pooled}
+            rows.append(_compare(case, name, feed["attention_mask"] != 0, actual, wanted, pooling))
     del session
-    model.double()
-    exact = [_run_torch(model, feed, pooling, normalize) for feed in _told(inputs, progress, "float64 eager")]
-    stock = transformers.AutoModel.from_pretrained(reference, dtype=torch.float32, attn_implementation="sdpa").eval()
-    known = [_run_torch(stock, feed, pooling, normalize) for feed in _told(inputs, progress, "transformers")]
-    del stock
-
-    rows = [
-        _compare(case, name, feed["attention_mask"] != 0, got, want, pooling)
-        for name, wanted in (("float64 eager", exact), ("transformers", known))
-        for case, feed, got, want in zip(cases, inputs, actual, wanted, strict=True)
-    ]
+    rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
     report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows))
     if not report.failures:
         return report
     worst = max(report.failures, key=lambda row: (np.isnan(row.max_abs_error), row.max_abs_error))
-    difference = first_difference(onnx_file, model, worst.case, MAX_ABS_ERROR[precision])
-    return ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows), first_difference=difference)
+    difference = first_difference(onnx_file, reference, worst.case, report.tolerance)
+    return dataclasses.replace(report, first_difference=difference)
+
+
+def verify_text(onnx_file: Path, texts: TextSet, wanted: Array, *, progress: Progress = lambda _: None) -> TextFidelity:
+    """Compares an artifact's embeddings of texts with the checkpoint's [texts, dim], as `embed_text` gives them."""
+    session = open_session(onnx_file)
+
+    def embed(ids: Array, mask: Array) -> Array:
+        pooled: Array = session.run([OUTPUTS[1]], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
+        return pooled
+
+    got = texts.embed(embed, lambda message: progress(f"parity: ONNX Runtime, {message}"))
+    return compare_text(texts.source, got, wanted)
 
 
 def verify_bundle(
-    directory: Path, reference: str | None = None, *, progress: Progress = lambda _: None
+    directory: Path,
+    reference: str | None = None,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda _: None,
 ) -> list[ParityReport]:
     """Compares every artifact of a bundle with the bundle's own checkpoint, or with another one.
 
+    Args:
+        directory: the bundle.
+        reference: checkpoint directory or hub id.
+        text: file with one text a line, to compare on as well; int8 is compared on a built-in one in any case.
+        progress: is told what is being done, in a few words.
+
     Raises:
         BundleError: the bundle is not whole and unaltered.
-        InputError: the reference cannot be loaded.
+        InputError: the reference or the text cannot be loaded.
     """
     bundle = Bundle.open(directory)
     manifest = bundle.manifest
@@ -124,35 +144,53 @@ def verify_bundle(
                     f"reference {reference!r} has {name} {getattr(source.config, name)}, the bundle has "
                     f"{getattr(own, name)}; give the checkpoint that it was exported from"
                 )
-    return [
-        verify(
-            bundle.onnx_path(artifact),
+    texts = None
+    if text is not None or any(artifact.precision == "int8" for artifact in manifest.artifacts):
+        tokenizer_file = bundle.path_of("tokenizer.json")
+        texts = TextSet.read(tokenizer_file, max_tokens=min(manifest.max_length, MOST_TOKENS), file=text)
+        encoder = load_model(checkpoint)
+        wanted = embed_text(encoder, texts, manifest.pooling, manifest.normalize, progress)
+        del encoder
+    references = compute_references(checkpoint, fidelity_grid(load_config(checkpoint), manifest.max_length), progress)
+    reports = []
+    for artifact in manifest.artifacts:
+        file = bundle.onnx_path(artifact)
+        report = verify(
+            file,
             checkpoint,
             artifact=artifact.file,
             precision=artifact.precision,
             pooling=manifest.pooling,
             normalize=manifest.normalize,
             max_length=manifest.max_length,
+            references=references,
             progress=progress,
         )
-        for artifact in manifest.artifacts
-    ]
+        if texts is not None and (text is not None or artifact.precision == "int8"):
+            report = dataclasses.replace(report, text=verify_text(file, texts, wanted, progress=progress))
+        reports.append(report)
+    return reports
 
 
-def first_difference(onnx_file: Path, model: ModernBertModel, case: Case, tolerance: float) -> str:
+@torch.no_grad()
+def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: Tolerance) -> str:
     """Names the first layer whose output differs from a float64 model's by more than the tolerance."""
+    model = load_model(reference).double()
+    model.set_attention("eager")
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
     values = open_session(onnx_file, also_output=names).run([*names, OUTPUTS[0]], feed)
-    with torch.no_grad():
-        wanted = model(**_tensors(feed), output_hidden_states=True).hidden_states
+    tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
+    wanted = model(**tensors, output_hidden_states=True).hidden_states
     valid = feed["attention_mask"] != 0
     before = ["the embeddings", *(f"layer {i} ({kind})" for i, kind in enumerate(model.config.layer_types))]
+    where = f"at batch {case.batch}, length {case.length}"
     for name, got, want in zip(before, values, wanted, strict=True):
-        error = np.abs(got - want.numpy())[valid].max()
-        if not error <= tolerance:
-            return f"{name}, max abs error {error:.2e} at batch {case.batch}, length {case.length}"
-    return f"none of the layers; the pooled output alone, at batch {case.batch}, length {case.length}"
+        mine, theirs = got[valid], want.numpy()[valid]
+        error, cosine = np.abs(mine - theirs).max(), _cosine(mine, theirs).min()
+        if not tolerance.holds(max_abs_error=error, min_cosine=cosine, min_pooled_cosine=cosine):
+            return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
+    return f"none of the layers; the pooled output alone, {where}"
 
 
 def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
@@ -166,26 +204,6 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
         "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
     )
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _told(inputs: list[dict[str, Array]], progress: Progress, who: str) -> Iterator[dict[str, Array]]:
-    for index, feed in enumerate(inputs):
-        progress(f"parity: {who}, case {index + 1} of {len(inputs)}")
-        yield feed
-
-
-def _run(session: onnxruntime.InferenceSession, feed: dict[str, Array]) -> Outputs:
-    return dict(zip(OUTPUTS, session.run(OUTPUTS, feed), strict=True))
-
-
-@torch.no_grad()
-def _run_torch(model: Any, feed: dict[str, Array], pooling: str, normalize: bool) -> Outputs:
-    hidden = model(**_tensors(feed)).last_hidden_state.numpy()
-    return {OUTPUTS[0]: hidden, OUTPUTS[1]: _pool(hidden, feed["attention_mask"], pooling, normalize)}
-
-
-def _tensors(feed: dict[str, Array]) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(value) for name, value in feed.items()}
 
 
 def _pool(hidden: Array, mask: Array, pooling: str, normalize: bool) -> Array:

@@ -1,0 +1,113 @@
+"""What an artifact is compared with: the checkpoint's own vectors, by two implementations that share no code.
+
+Our model in float64 with `eager` attention, and transformers' ModernBERT in fp32. Each text is computed once, alone
+and without padding, and stands for every case of the grid that it occurs in.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from modernbert.config import load_config
+from modernbert.model import ModernBertModel, load_model
+from modernbert.pooling import EmbeddingHead
+from modernbert_export.parity import Case
+from modernbert_export.text_fidelity import TextSet
+
+Array = NDArray[Any]
+Progress = Callable[[str], None]
+
+FLOAT64, TRANSFORMERS = "float64 eager", "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Token vectors by reference and case, and the texts' pooled ones where there are texts.
+
+    `hidden[name][case]` is [batch, length, dim], zeros on padding. They hold for every artifact of a checkpoint.
+    """
+
+    cases: tuple[Case, ...]
+    hidden: Mapping[str, Mapping[Case, Array]]
+    vocab_size: int
+
+
+@torch.no_grad()
+def compute_references(checkpoint: Path, cases: Sequence[Case], progress: Progress = lambda _: None) -> References:
+    """Runs both references on the texts of the cases. One model is in memory at a time."""
+    vocab_size = load_config(checkpoint).vocab_size
+    hidden = {}
+    for name, load, run in ((FLOAT64, _load_exact, _run_packed), (TRANSFORMERS, _load_stock, _run_alone)):
+        model = load(checkpoint)
+        hidden[name] = _by_case(cases, vocab_size, functools.partial(run, model), progress, name)
+        del model
+    return References(cases=tuple(cases), hidden=hidden, vocab_size=vocab_size)
+
+
+def _load_exact(checkpoint: Path) -> Any:
+    model = load_model(checkpoint)
+    model.set_attention("eager")
+    return model.double()
+
+
+def _load_stock(checkpoint: Path) -> Any:
+    return transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@torch.no_grad()
+def embed_text(model: ModernBertModel, texts: TextSet, pooling: str, normalize: bool, progress: Progress) -> Array:
+    """Pooled vectors [texts, dim] of the checkpoint, by our model as it is."""
+    head = EmbeddingHead(pooling, normalize=normalize)
+
+    def embed(ids: Array, mask: Array) -> Array:
+        tensors = torch.from_numpy(ids), torch.from_numpy(mask)
+        pooled: Array = head(model(*tensors).last_hidden_state, tensors[1]).numpy()
+        return pooled
+
+    return texts.embed(embed, lambda message: progress(f"parity: PyTorch, {message}"))
+
+
+def _by_case(
+    cases: Sequence[Case],
+    vocab_size: int,
+    run: Callable[[list[Array]], list[Array]],
+    progress: Progress,
+    who: str,
+) -> dict[Case, Array]:
+    """Runs what the cases of one length need once, and puts it where each case has it."""
+    placed = {}
+    groups = [list(group) for _, group in itertools.groupby(sorted(cases, key=_length), key=_length)]
+    for index, group in enumerate(groups):
+        progress(f"parity: {who}, length {index + 1} of {len(groups)}")
+        largest = max(group, key=lambda case: case.batch)
+        texts = [text for text in largest.texts(vocab_size) if len(text)]
+        vectors = run(texts)
+        nothing = np.zeros((0, vectors[0].shape[-1]), vectors[0].dtype)
+        for case in group:
+            placed[case] = case.place([*vectors, nothing][: case.batch])
+    return placed
+
+
+def _length(case: Case) -> int:
+    return case.length
+
+
+def _run_packed(model: Any, texts: list[Array]) -> list[Array]:
+    """All texts in one packed call, which proves that packing and padding agree."""
+    offsets = [0, *itertools.accumulate(map(len, texts))]
+    hidden = model(torch.from_numpy(np.concatenate(texts)), cu_seqlens=torch.tensor(offsets)).last_hidden_state
+    return np.split(hidden.numpy(), offsets[1:-1])
+
+
+def _run_alone(model: Any, texts: list[Array]) -> list[Array]:
+    return [model(input_ids=torch.from_numpy(text)[None]).last_hidden_state[0].numpy() for text in texts]

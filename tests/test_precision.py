@@ -1,0 +1,287 @@
+"""int8 and fp16: what is in the files, how scales and islands are chosen, and that a bad artifact is never written."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import TINY, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+import modernbert_export.build as build_module
+from modernbert.errors import InputError, ParityError
+from modernbert.model import load_model
+from modernbert_export.export import export
+from modernbert_export.precision.audit import audit
+from modernbert_export.precision.calibrate import InputSampler, linear_names, smooth, smoothing_scales
+from modernbert_export.precision.int8 import integer_weight
+from modernbert_export.verify import verify_bundle
+from modernbert_runtime.bundle import Bundle
+
+PRECISIONS = ("fp32", "int8", "fp16")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 texts of letters, one a line, as the tiny tokenizer knows them."""
+    draw = random.Random(0)
+    lines = (" ".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 60))) for _ in range(64))
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def several(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in all precisions."""
+    out = tmp_path_factory.mktemp("several") / "bundle"
+    export(str(checkpoint), out, precisions=PRECISIONS, text=texts, reduce_range=False)
+    return out
+
+
+def test_one_bundle_holds_all_precisions(several: Path) -> None:
+    artifacts = Bundle.open(several).manifest.artifacts
+    assert [(artifact.precision, artifact.file) for artifact in artifacts] == [
+        ("fp32", "onnx/model.onnx"),
+        ("int8", "onnx/model_quantized.onnx"),
+        ("fp16", "onnx/model_fp16.onnx"),
+    ]
+    for artifact in artifacts:
+        onnx.checker.check_model(several / artifact.file, full_check=True)
+    reports = json.loads((several / "parity.json").read_text())["artifacts"]
+    assert [report["precision"] for report in reports] == list(PRECISIONS)
+    assert artifacts[1].parity["text_min_cosine"] >= 0.99
+    assert "<svg" in (several / "parity.svg").read_text()
+
+
+# Of token vectors: fp16 has 11 bits, int8 8 in every product of four layers.
+@pytest.mark.parametrize(("precision", "cosine"), [("fp32", 0.9999999), ("fp16", 0.99995), ("int8", 0.99)])
+def test_every_precision_computes_what_transformers_does(
+    several: Path, checkpoint: Path, precision: str, cosine: float
+) -> None:
+    ids = torch.randint(TINY["vocab_size"], (2, 300), generator=torch.Generator().manual_seed(0))
+    model = transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = model(ids).last_hidden_state
+    file = several / Bundle.open(several).artifact(precision=precision).file
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    got, pooled = session.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 300), np.int64)})
+    assert got.dtype == pooled.dtype == np.float32
+    assert torch.cosine_similarity(torch.from_numpy(got).double(), want.double(), dim=-1).min() >= cosine
+
+
+def test_int8_file_holds_linear_layers_and_embeddings_as_integers(several: Path) -> None:
+    graph = onnx.load(several / "onnx/model_quantized.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    # Each of 4 layers: q, k, v, Wo, both halves of Wi, mlp.Wo; one quantised input for q, k, v, and one for Wi.
+    assert (kinds.count("MatMulInteger"), kinds.count("DynamicQuantizeLinear")) == (28, 16)
+    assert kinds.count("MatMul") == 4  # scores and sums of two local layers; those of the global ones are in loops
+    integers = sum(np.prod(x.dims) for x in graph.initializer if x.data_type == onnx.TensorProto.INT8)
+    hidden, inner, layers = TINY["hidden_size"], TINY["intermediate_size"], TINY["num_hidden_layers"]
+    weights = layers * hidden * (4 * hidden + 3 * inner) + TINY["vocab_size"] * hidden
+    assert weights <= integers <= 1.1 * weights  # the rest: zero points
+    floats = sum(np.prod(x.dims) for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT)
+    assert floats < 0.1 * weights
+
+
+def test_fp16_file_holds_weights_in_16_bits_and_norms_in_32(several: Path) -> None:
+    graph = onnx.load(several / "onnx/model_fp16.onnx").graph
+    kinds = {tensor.data_type for tensor in graph.initializer if np.prod(tensor.dims) > 500}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert {stored[node.input[1]] for node in norms} == {onnx.TensorProto.FLOAT}
+
+
+def test_verify_compares_all_precisions_again(several: Path, texts: Path) -> None:
+    reports = verify_bundle(several, text=texts)
+    assert [report.precision for report in reports] == list(PRECISIONS)
+    assert all(report.passed and report.text is not None for report in reports)
+    fp32, int8, fp16 = (report.text for report in reports if report.text)
+    assert fp32.top_overlap == 1.0
+    assert int8.rank_correlation < fp16.rank_correlation <= fp32.rank_correlation
+
+
+# Smoothing
+
+
+@pytest.fixture
+def spiky(tmp_path: Path) -> Path:
+    """A checkpoint with a few channels far larger than the others wherever a linear layer reads."""
+    path = write_checkpoint(tmp_path / "spiky", num_hidden_layers=3)
+    weights = load_file(path / "model.safetensors")
+    for name, value in weights.items():
+        if name.endswith("norm.weight"):
+            value[5] *= 60
+        elif name.endswith("Wqkv.weight"):
+            value[2 * 48 + 7] *= 60  # a channel of v
+        elif name.endswith("Wi.weight"):
+            value[40 + 9] *= 60  # a channel of the gate
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_smoothing_changes_no_bit_of_the_result_and_lowers_the_error(spiky: Path) -> None:
+    ids = torch.randint(TINY["vocab_size"], (4, 90), generator=torch.Generator().manual_seed(0))
+    model = load_model(spiky)
+    with torch.no_grad(), InputSampler(model) as sampler:
+        before = model(ids).last_hidden_state
+    weights = {name: model.get_submodule(name).weight.clone() for name in linear_names(model)}
+    choices = smooth(model, sampler.rows, 127)
+    with torch.no_grad():
+        assert torch.equal(model(ids).last_hidden_state, before)
+    assert [choice.name for choice in choices] == list(linear_names(model))
+    smoothed = [choice for choice in choices if choice.strength is not None]
+    assert len(smoothed) >= 9
+    assert choices[0].strength is None  # nothing before the first layer's attention can take the scales
+    for choice in smoothed:
+        x, w = sampler.rows[choice.name].numpy(), weights[choice.name].detach().numpy()
+        assert choice.error < quantisation_error(x, w)
+
+
+def quantisation_error(x: np.ndarray, w: np.ndarray) -> float:
+    """Relative error of x @ w.T with x in 256 steps between its extremes and w in 255 steps per output."""
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    step = (high - low) / 255
+    x_rounded = np.rint((x - low) / step) * step + low
+    steps = np.abs(w).max(1, keepdims=True) / 127
+    wanted = x @ w.T
+    return float(np.linalg.norm(x_rounded @ (np.rint(w / steps) * steps).T - wanted) / np.linalg.norm(wanted))
+
+
+def test_scales_are_powers_of_two_and_larger_where_the_input_is() -> None:
+    x = torch.ones(4, 6)
+    x[:, 2] = 100
+    scale = smoothing_scales(x, torch.ones(5, 6), 0.5)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    assert scale[2] / scale[0] in (8, 16)  # sqrt(100), rounded
+
+
+@pytest.mark.parametrize("levels", [127, 63])
+def test_integer_weights_are_within_half_a_step(levels: int) -> None:
+    w = np.random.default_rng(0).standard_normal((30, 7)).astype(np.float32)
+    w[:, 3] = 0
+    integers, scale = integer_weight(w, levels)
+    assert np.abs(integers).max() == levels
+    assert (np.abs(integers * scale - w) <= scale * 0.5001).all()
+
+
+# The gate
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, bad: int) -> list[int]:
+    """The first `bad` measurements of int8 on text say that it fails. Returns what each found: MatMulInteger nodes."""
+    found: list[int] = []
+    measure = build_module.verify_text
+
+    def verify_text(file: Path, *arguments: Any, **settings: Any) -> Any:
+        result = measure(file, *arguments, **settings)
+        nodes = onnx.load(file, load_external_data=False).graph.node
+        found.append(sum(node.op_type == "MatMulInteger" for node in nodes))
+        return dataclasses.replace(result, top_overlap=0.5) if len(found) <= bad else result
+
+    monkeypatch.setattr(build_module, "verify_text", verify_text)
+    return found
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_keeps_more_layers_in_fp32_until_it_passes(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = planted(monkeypatch, 2)
+    manifest = export(str(checkpoint), tmp_path / "out", precisions=("int8",), text=texts, max_length=20)
+    assert [artifact.precision for artifact in manifest.artifacts] == ["int8"]
+    assert found[0] == 28
+    assert found[0] > found[1] > found[2]
+    (report,) = json.loads((tmp_path / "out/parity.json").read_text())["artifacts"]
+    assert "In fp32: layers." in report["notes"][1]
+    assert not (tmp_path / "out/onnx/model.onnx").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_that_never_passes_is_not_written(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(monkeypatch, 100)
+    with pytest.raises(ParityError, match="top-10 overlap"):
+        export(str(checkpoint), tmp_path / "out", precisions=("fp32", "int8"), text=texts, max_length=20)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quick(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports take the fp32 graph of `several` in place of a trace of their own, which takes seconds."""
+    import onnx_ir as ir
+
+    monkeypatch.setattr(build_module, "trace", lambda model, **_: None)
+    monkeypatch.setattr(build_module, "lower", lambda graph, target: ir.load(several / "onnx/model.onnx"))
+
+
+# Islands of fp32
+
+
+@pytest.fixture
+def large_values(tmp_path: Path) -> Path:
+    """A checkpoint whose second layer multiplies values beyond fp16 before mlp.Wo makes them small again."""
+    path = write_checkpoint(tmp_path / "large", num_hidden_layers=2)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.Wi.weight"] *= 400
+    weights["model.layers.1.mlp.Wo.weight"] /= 160_000
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_audit_finds_what_fp16_cannot_hold(large_values: Path) -> None:
+    model = load_model(large_values)
+    ids = torch.arange(TINY["vocab_size"])
+    ranges = audit(model, [ids])
+    assert [row.fp32 for row in ranges] == [(), ("mlp",)]
+    with torch.no_grad():
+        hidden = model(ids[None], output_hidden_states=True).hidden_states
+    assert ranges[0].residual == pytest.approx(float(hidden[1].abs().max()))
+    assert ranges[1].gated > 65_504 > ranges[0].gated
+
+
+def test_values_beyond_fp16_are_computed_in_fp32_or_refused(
+    large_values: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(str(large_values), tmp_path / "out", precisions=("fp16",), max_length=40)
+    assert "| 1 (sliding_attention) |" in (tmp_path / "out/parity.md").read_text()
+
+    def blind(*arguments: Any) -> Any:
+        return tuple(dataclasses.replace(row, gated=0.0) for row in audit(*arguments))
+
+    monkeypatch.setattr(build_module, "audit", blind)
+    with pytest.raises(ParityError, match=r"First layer that differs: layer 1 \(sliding"):
+        export(str(large_values), tmp_path / "other", precisions=("fp16",), max_length=40)
+    assert not (tmp_path / "other").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (dict(precisions=("fp8",)), r"precision for target portable must be one of fp32, fp16, int8, not 'fp8'"),
+        (dict(precisions=()), "precision is empty"),
+        (dict(precisions=("fp32", "fp32")), "more than once"),
+        (dict(target="abacus"), "target must be one of portable, not 'abacus'"),
+        (dict(text="nowhere.txt"), "text 'nowhere.txt' cannot be read"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_before_any_work(
+    checkpoint: Path, tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InputError, match=named) as caught:
+        export(str(checkpoint), tmp_path / "out", **settings)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
