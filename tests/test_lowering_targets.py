@@ -58,7 +58,7 @@ def lowered(traced: onnx.ModelProto) -> Lowered:
 
 @pytest.fixture(scope="module")
 def cases(model: ModernBertModel) -> list[Case]:
-    """Inputs and what float64 `eager` makes of them: a row of tokens, padded right, padded left, nothing but padding."""
+    """Inputs and what float64 `eager` makes of them: rows of tokens, padded right, padded left, of nothing else."""
     exact = copy.deepcopy(model).double()
     exact.set_attention("eager")
     cases = []

@@ -1,8 +1,9 @@
 """fp16 with fp32 islands: what a strongly typed engine computes is what the types in the graph say.
 
-Works on a traced fp32 graph, before `lower`. From the embeddings to the last norm activations and weights are fp16. fp32
-stay: rotary angles and the rotation itself, the bias that hides keys, and everything from the last norm on, for a mean
-over 8,192 tokens does not fit fp16. Norms within keep fp16 inputs here; `NormIslandPass` gives them fp32 statistics.
+Works on a traced fp32 graph, before `lower`. From the embeddings to the last norm activations and weights are fp16.
+fp32 stay: rotary angles and the rotation itself, the bias that hides keys, and everything from the last norm on, for a
+mean over 8,192 tokens does not fit fp16. Norms within keep fp16 inputs here; `NormIslandPass` gives them fp32
+statistics.
 """
 
 from __future__ import annotations
