@@ -25,8 +25,8 @@ from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import QUERY_BLOCK
 from modernbert_export.ops.op import OPSET, TARGETS, Target
 from modernbert_export.tensorrt.half import HalfPass
-from modernbert_export.tensorrt.profiles import DENSE_LENGTH
-from modernbert_export.trace import INPUTS, OUTPUTS, trace
+from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
+from modernbert_export.trace import INPUTS, OUTPUTS
 
 RADIUS = TINY["local_attention"] // 2
 EDGES = (RADIUS, 2 * RADIUS, 3 * RADIUS, QUERY_BLOCK, DENSE_LENGTH)
@@ -42,12 +42,6 @@ Lowered = Callable[..., ir.Model]
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> ModernBertModel:
     return load_model(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def traced(model: ModernBertModel) -> onnx.ModelProto:
-    """The graph before any lowering."""
-    return ir.to_proto(trace(model, pooling="mean", normalize=True))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ those who bring kernels of their own for the nodes of the domain `modernbert`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -25,7 +25,7 @@ IR_VERSION = 10
 FOLD_LIMIT = 1 << 14
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetForm:
     """The form that files of a target have.
 
