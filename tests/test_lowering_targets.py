@@ -25,8 +25,8 @@ from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import QUERY_BLOCK
 from modernbert_export.ops.op import OPSET, TARGETS, Target
 from modernbert_export.tensorrt.half import HalfPass
-from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 from modernbert_export.trace import INPUTS, OUTPUTS
+from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 
 RADIUS = TINY["local_attention"] // 2
 EDGES = (RADIUS, 2 * RADIUS, 3 * RADIUS, QUERY_BLOCK, DENSE_LENGTH)

@@ -6,8 +6,8 @@ those who bring kernels of their own for the nodes of the domain `modernbert`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import dataclasses
+from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -54,7 +54,7 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     """Lowers a traced model for a target, in place.
 
     Raises:
-        AssertionError: a node without a body is left, or one of a domain that the target does not have: a fault of ours.
+        AssertionError: a node is left that has no body, or is of a domain the target does not have: a fault of ours.
     """
     form = FORMS[target]
     model.graph.opset_imports[""] = form.opset
@@ -65,7 +65,7 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     if inline:
         common.InlinePass()(model)
     else:
-        common.RemoveUnusedFunctionsPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     optimizer.optimize(model, inline=False, output_size_limit=FOLD_LIMIT)
     SharedShapePass()(model)
     # Layers repeat what depends on mask and length alone, such as the bias of the band: once is enough.

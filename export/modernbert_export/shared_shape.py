@@ -1,7 +1,7 @@
 """Reads the sizes of batch and sequence from one input instead of from a value of every layer.
 
-Bodies of operators ask their own inputs for them. Once all ask the same tensor, equal questions merge, and with them the
-positions and masks that are made of the answers: engines that do not merge them would compute those in every layer.
+Bodies of operators ask their own inputs for them. Once all ask the same tensor, equal questions merge, and with them
+the positions and masks that are made of the answers: engines that do not merge would compute those in every layer.
 """
 
 from __future__ import annotations

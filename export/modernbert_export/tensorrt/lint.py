@@ -85,8 +85,9 @@ class _Lint:
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.types |= {name: tensor.data_type for name, tensor in self.constants.items()}
         for node in self.graph.node:
-            if node.op_type == "Constant":
-                self.constants |= {node.output[0]: item.t for item in node.attribute if item.name == "value"}
+            for item in node.attribute if node.op_type == "Constant" else ():
+                if item.name == "value":
+                    self.constants[node.output[0]] = item.t
 
     def findings(self) -> Iterator[Finding]:
         yield from self._file()
@@ -102,7 +103,9 @@ class _Lint:
     def _file(self) -> Iterator[Finding]:
         for opset in self.model.opset_import:
             if opset.domain not in ("", "ai.onnx"):
-                message = f"the parser knows standard operators only, and of others nothing but the name: {opset.domain!r}"
+                message = (
+                    f"the parser knows standard operators only, and of others nothing but the name: {opset.domain!r}"
+                )
                 yield Finding(rule="domain", where="opset_import", message=message)
             elif opset.version not in OPSETS:
                 message = f"opset must be within {OPSETS[0]} to {OPSETS[-1]}, not {opset.version}"
