@@ -82,7 +82,7 @@ def test_bad_limits_are_refused(batch: int, length: int) -> None:
 
 
 def test_text_beyond_every_profile_names_the_limit() -> None:
-    with pytest.raises(InputError, match="at most 8192.*not 8193"):
+    with pytest.raises(InputError, match=r"at most 8192.*not 8193"):
         plan_runs(1, 8193, KEY.profiles)
 
 
