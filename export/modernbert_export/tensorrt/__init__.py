@@ -1,8 +1,6 @@
 """What the TensorRT target needs beside its lowering.
 
-half     fp16 with fp32 islands, in a traced graph
-lint     what the TensorRT parser would refuse or compute wrongly, found without TensorRT
-profiles which lengths and batches an engine is built for, and which of them serves a batch
-plan     where a built engine lies, and what makes it stale
-build    the one file here that talks to TensorRT
+`half` makes a traced graph fp16 with fp32 islands, `lint` finds what the parser would refuse or compute wrongly, and
+`build` is the one file here that talks to TensorRT. Which profiles an engine has and what makes a plan stale stands in
+`modernbert_runtime.tensorrt_plan`, for the runtime needs it too.
 """
