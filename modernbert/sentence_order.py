@@ -47,7 +47,7 @@ class SentenceOrderHead(nn.Module):
 
 @dataclass
 class PreTrainingOutput(ModelOutput):
-    """`loss` = masked-LM loss + weight * ordering loss. Without a head the latter and `order_logits` [B, C] are None."""
+    """`loss` = masked-LM loss + weight * ordering loss. Without a head the latter and `order_logits` are None."""
 
     loss: Tensor | None = None
     masked_lm_loss: Tensor | None = None

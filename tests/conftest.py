@@ -12,6 +12,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a missing model is an error at once
 
+import onnx
+import onnx_ir as ir
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -84,6 +86,15 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(str(checkpoint), out)
     return out
+
+
+@pytest.fixture(scope="session")
+def traced(checkpoint: Path) -> onnx.ModelProto:
+    """The graph of `checkpoint` before any lowering. Leave it as it is: `ir.from_proto` makes a copy."""
+    from modernbert.model import load_model
+    from modernbert_export.trace import trace
+
+    return ir.to_proto(trace(load_model(checkpoint), pooling="mean", normalize=True))
 
 
 @pytest.fixture(scope="session")

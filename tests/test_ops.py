@@ -17,20 +17,18 @@ from torch import Tensor
 
 from modernbert.attention import eager, rotary_tables
 from modernbert.packing import Packing
-from modernbert_export.lower import IR_VERSION
+from modernbert_export.lower import FORMS
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, QUERY_BLOCK
 from modernbert_export.ops.local_attention import LOCAL_ATTENTION
-from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
+from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
 from modernbert_export.ops.rotary import ROTARY
-from modernbert_export.trace import OPSET_VERSION
 
 HEADS, SIZE = 2, 6
 # fp32 against float64: a softmax over at most some hundred keys and a mean of values of size 1.
 FP32 = dict(atol=5e-6, rtol=1e-5)
 # A key that is hidden by -1e9 has a weight of exactly 0, in any precision.
 FP64 = dict(atol=1e-12, rtol=1e-12)
-TARGETS = sorted({target for op in OPS for target in op.bodies})
 RADII = (1, 3, 8)
 
 
@@ -79,9 +77,13 @@ def one_node_model(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: 
     graph = helper.make_graph(
         [node], op.name, inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)]
     )
-    opsets = [helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(OPSET.domain, OPSET.version)]
-    function = op.bodies[target].to_function_proto()
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, functions=[function])
+    form = FORMS[target]
+    versions = {"": form.opset, OPSET.domain: OPSET.version, **form.domains}
+    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    function = op.function(target)
+    del function.opset_import[:]
+    function.opset_import.extend(opsets)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=form.ir_version, functions=[function])
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -112,11 +114,12 @@ def test_every_operator_is_tested_here() -> None:
     assert [op.name for op in OPS] == [op.name for op in (ROTARY, LOCAL_ATTENTION, GLOBAL_ATTENTION)]
     for op in OPS:
         assert not onnx.defs.has(op.name), f"{op.name} is the name of a built-in operator"
+        assert set(op.bodies) == set(TARGETS)
         for target in op.bodies:
-            proto = op.bodies[target].to_function_proto()
+            proto = op.function(target)
             assert (proto.name, proto.domain, tuple(proto.input)) == (op.name, OPSET.domain, op.inputs)
             assert set(proto.attribute) == set(op.attributes)
-            assert {node.domain for node in proto.node} <= {"", "ai.onnx"}
+            assert {node.domain for node in proto.node} <= {"", "ai.onnx", *FORMS[target].domains}
 
 
 # The references

@@ -1,16 +1,23 @@
 """Gives the named operators of a traced graph their bodies for one target and clears the result up.
 
-Functions are inlined, so that the file opens in tools that know standard operators only.
+Functions are inlined, so that the file opens in tools that know standard operators only; `inline=False` keeps them, for
+those who bring kernels of their own for the nodes of the domain `modernbert`.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from modernbert_export.norm_island import NormIslandPass
 from modernbert_export.ops import OPS
-from modernbert_export.ops.op import OPSET, Target
+from modernbert_export.ops.op import MICROSOFT, OPSET, Target
+from modernbert_export.shared_shape import SharedShapePass
+from modernbert_export.skip_norm import SkipNormPass
 from modernbert_export.split_matmul import SplitMatMulPass
 
 IR_VERSION = 10
@@ -18,30 +25,64 @@ IR_VERSION = 10
 FOLD_LIMIT = 1 << 14
 
 
-def lower(model: ir.Model, target: Target) -> ir.Model:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetForm:
+    """The form that files of a target have.
+
+    `passes` rewrite the graph once its operators are standard ones; `domains` are those that its nodes may have beside
+    the standard one, with their versions.
+    """
+
+    opset: int = 20
+    ir_version: int = IR_VERSION
+    domains: Mapping[str, int]
+    passes: tuple[type[ir.passes.InPlacePass], ...]
+
+
+# Attention and RotaryEmbedding are operators since opset 23, which the TensorRT parser reads up to 24.
+_TENSORRT = TargetForm(opset=24, ir_version=11, domains={}, passes=(SplitMatMulPass, NormIslandPass))
+FORMS: Mapping[Target, TargetForm] = {
+    "portable": TargetForm(domains={}, passes=(SplitMatMulPass,)),
+    "openvino": TargetForm(domains={}, passes=(SplitMatMulPass,)),
+    "ort-cuda": TargetForm(domains={MICROSOFT.domain: MICROSOFT.version}, passes=(SplitMatMulPass, SkipNormPass)),
+    "tensorrt": _TENSORRT,
+    "tensorrt-dense": _TENSORRT,
+}
+
+
+def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     """Lowers a traced model for a target, in place.
 
     Raises:
-        AssertionError: a node without a body is left: a fault of ours.
+        AssertionError: a node is left that has no body, or is of a domain the target does not have: a fault of ours.
     """
+    form = FORMS[target]
+    model.graph.opset_imports[""] = form.opset
     for op in OPS:
-        function = ir.serde.deserialize_function(op.bodies[target].to_function_proto())
+        function = ir.serde.deserialize_function(op.function(target))
+        function.opset_imports[""] = form.opset
         model.functions[function.identifier()] = function
-    common.InlinePass()(model)
+    if inline:
+        common.InlinePass()(model)
+    else:
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     # Layers repeat what depends on mask and length alone, such as the bias of the band: once is enough. Merged before
     # the optimizer's rewrite rules run, whose time grows with the square of the nodes.
     optimizer.fold_constants(model, output_size_limit=FOLD_LIMIT)
     common.RemoveUnusedNodesPass()(model)
     _merge_equal(model)
     optimizer.optimize(model, inline=False, output_size_limit=FOLD_LIMIT)
+    SharedShapePass()(model)
     _merge_equal(model)
-    SplitMatMulPass()(model)
+    for rewrite in form.passes:
+        rewrite()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
-    model.ir_version = IR_VERSION
-    left = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == OPSET.domain}
-    assert not left, f"nodes without a body: {left}"
+    model.ir_version = form.ir_version
+    allowed = {"", *form.domains, *(() if inline else (OPSET.domain,))}
+    foreign = {node.op_identifier() for node in model.graph.all_nodes() if node.domain not in allowed}
+    assert not foreign, f"nodes that the target {target} does not have: {foreign}"
     return model
 
 

@@ -1,4 +1,6 @@
-"""`ModernBertGlobalAttention`: every token sees every token, in blocks of queries so that memory stays bounded.
+"""`ModernBertGlobalAttention`: every token sees every token.
+
+The portable body takes the queries in blocks, so that memory stays bounded; the others leave that to their engine.
 
 Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries in a block.
 """
@@ -7,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from onnxscript import BOOL, INT64, graph, script
 from onnxscript import opset20 as op
+from onnxscript import opset23 as op23
 from torch import Tensor
 
-from modernbert_export.ops.op import OPSET, GraphOp
+from modernbert_export.ops.op import HIDDEN_KEY_HALF, MICROSOFT, OPSET, GraphOp
 
 # Scores of one block take B * H * QUERY_BLOCK * S values: 100 MB for the base model at 8,192 tokens.
 QUERY_BLOCK = 256
@@ -45,7 +48,8 @@ def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int):
     pads = op.Concat([0, 0, 0, 0, 0, 0], blocks * width - length, [1], axis=0)
     q_shape = op.Concat(batch, heads, blocks, width, [-1], axis=0)
     q_BHNWK = op.Reshape(op.Pad(q, pads, op.CastLike(1.0, q)), q_shape)
-    bias_BH1S = op.Expand(op.Unsqueeze(key_bias, [1, 2]), op.Concat([1], heads, [1, 1], axis=0))
+    bias_BS = op.CastLike(op.Max(key_bias, op.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
+    bias_BH1S = op.Expand(op.Unsqueeze(bias_BS, [1, 2]), op.Concat([1], heads, [1, 1], axis=0))
     k_BHKS = op.Concat(op.Transpose(k, perm=[0, 1, 3, 2]), bias_BH1S, axis=2)
 
     @graph()
@@ -60,11 +64,50 @@ def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int):
     return op.Slice(y_BHSK, [0], length, [2])
 
 
+@script(OPSET)
+def plain(q, k, v, key_bias, num_heads: int):
+    """All scores at once. OpenVINO fuses this very pattern, and keeps it small by itself."""
+    bias_BS = op.CastLike(op.Max(key_bias, op.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
+    scores_BHSS = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])) + op.Unsqueeze(bias_BS, [1, 2])
+    return op.MatMul(op.Softmax(scores_BHSS, axis=-1), v)
+
+
+@script(OPSET)
+def multi_head(q, k, v, key_bias, num_heads: int):
+    """ONNX Runtime's fused operator. With a bias and not a key mask, which on CUDA would cost B * H * S * S scores."""
+    length = op.Shape(key_bias, start=1)
+    bias_BS = op.CastLike(op.Max(key_bias, op.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
+    bias_B1SS = op.Expand(op.Unsqueeze(bias_BS, [1, 2]), op.Concat([1, 1], length, [1], axis=0))
+    q_BSD = op.Reshape(op.Transpose(q, perm=[0, 2, 1, 3]), [0, 0, -1])
+    k_BSD = op.Reshape(op.Transpose(k, perm=[0, 2, 1, 3]), [0, 0, -1])
+    v_BSD = op.Reshape(op.Transpose(v, perm=[0, 2, 1, 3]), [0, 0, -1])
+    y_BSD = MICROSOFT.MultiHeadAttention(q_BSD, k_BSD, v_BSD, None, None, bias_B1SS, num_heads=num_heads, scale=1.0)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    y_BSHK = op.Reshape(y_BSD, op.Concat([0, 0], heads, [-1], axis=0))
+    return op.Transpose(y_BSHK, perm=[0, 2, 1, 3])
+
+
+@script(OPSET)
+def native(q, k, v, key_bias, num_heads: int):
+    """The operator of opset 23, as the TensorRT parser takes it: 4-D, a 4-D bias, finite in fp16."""
+    length = op23.Shape(key_bias, start=1)
+    bias_BS = op23.CastLike(op23.Max(key_bias, op23.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
+    bias_B1SS = op23.Expand(op23.Unsqueeze(bias_BS, [1, 2]), op23.Concat([1, 1], length, [1], axis=0))
+    return op23.Attention(q, k, v, bias_B1SS, scale=1.0)
+
+
 GLOBAL_ATTENTION = GraphOp(
     name="ModernBertGlobalAttention",
     torch_op=torch.ops.modernbert.global_attention.default,
     node=_node,
     inputs=("q", "k", "v", "key_bias"),
     attributes=("num_heads",),
-    bodies={"portable": ModernBertGlobalAttention},
+    bodies={
+        "portable": ModernBertGlobalAttention,
+        "openvino": plain,
+        "ort-cuda": multi_head,
+        "tensorrt": native,
+        "tensorrt-dense": native,
+    },
+    float_inputs=("key_bias",),
 )

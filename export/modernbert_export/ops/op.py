@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
 import onnxscript
 import torch
 
-Target = Literal["portable"]
+Target = Literal["portable", "openvino", "ort-cuda", "tensorrt", "tensorrt-dense"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 OPSET = onnxscript.values.Opset("modernbert", 1)
+MICROSOFT = onnxscript.values.Opset("com.microsoft", 1)  # operators that ONNX Runtime alone has
 
 # Added to the score of a key that must not be seen. Finite, so that a row without any visible key gives no NaN.
 HIDDEN_KEY = -1e9
+# The same where scores may be fp16, which ends at 65,504: far below any score that fp16 holds beside it.
+HIDDEN_KEY_HALF = -3e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,8 @@ class GraphOp:
     """An operator of the traced graph.
 
     `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
-    `inputs` and `attributes` are named here; `bodies` defines the node for each target.
+    `inputs` and `attributes` are named here; `bodies` defines the node for each target. Inputs named in `float_inputs`
+    have a type of their own and may stay fp32 where the others are fp16.
     """
 
     name: str
@@ -35,21 +40,28 @@ class GraphOp:
     inputs: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     bodies: Mapping[Target, onnxscript.OnnxFunction]
+    float_inputs: tuple[str, ...] = ()
+
+    def function(self, target: Target) -> onnx.FunctionProto:
+        """The body for a target, under the name that the node has."""
+        proto = self.bodies[target].to_function_proto()
+        proto.name = self.name
+        return proto
 
     def register_schema(self) -> None:
         """Makes the node known to onnx, so that the tracer may emit it before it has a body. Safe to repeat."""
         if onnx.defs.has(self.name, OPSET.domain):
             return
         formal, kind = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType.INT
-        floats = [("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")]
+        floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
         onnx.defs.register_schema(
             onnx.defs.OpSchema(
                 self.name,
                 OPSET.domain,
                 OPSET.version,
-                inputs=[formal(name, "T") for name in self.inputs],
+                inputs=[formal(name, "F" if name in self.float_inputs else "T") for name in self.inputs],
                 outputs=[formal("y", "T")],
-                type_constraints=floats,
+                type_constraints=[("T", floats, ""), *([("F", floats, "")] if self.float_inputs else [])],
                 attributes=[onnx.defs.OpSchema.Attribute(name, kind) for name in self.attributes],
             )
         )

@@ -5,11 +5,12 @@ Shapes: B batch, H heads, S sequence, K size of a head.
 
 import torch
 from onnxscript import opset20 as op
+from onnxscript import opset23 as op23
 from onnxscript import script
 from torch import Tensor
 
 from modernbert.attention import rotate
-from modernbert_export.ops.op import OPSET, GraphOp
+from modernbert_export.ops.op import MICROSOFT, OPSET, GraphOp
 
 
 @torch.library.custom_op("modernbert::rotary", mutates_args=())
@@ -29,12 +30,33 @@ def _node(x, cos, sin):
 
 @script(OPSET)
 def ModernBertRotary(x, cos, sin):
-    """Standard operators. Both halves at once: x * [cos, cos] + swapped x * [-sin, sin]."""
-    halves_BHS2K = op.Reshape(x, [0, 0, 0, 2, -1])  # 0 keeps an axis
+    """Standard operators. Both halves at once: x * [cos, cos] + swapped x * [-sin, sin], in the tables' precision."""
+    halves_BHS2K = op.Reshape(op.CastLike(x, cos), [0, 0, 0, 2, -1])  # 0 keeps an axis
     swapped_BHS2K = op.Gather(halves_BHS2K, [1, 0], axis=3)
     cos_S2K = op.Concat(op.Unsqueeze(cos, [1]), op.Unsqueeze(cos, [1]), axis=1)
     sin_S2K = op.Concat(op.Unsqueeze(op.Neg(sin), [1]), op.Unsqueeze(sin, [1]), axis=1)
-    return op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, [0, 0, 0, -1])
+    return op.CastLike(op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, [0, 0, 0, -1]), x)
+
+
+@script(OPSET)
+def fused(x, cos, sin):
+    """ONNX Runtime's own operator, between transpositions that cancel out against those around the attention."""
+    heads = op.Shape(x, start=1, end=2)
+    x_BSHK = op.CastLike(op.Transpose(x, perm=[0, 2, 1, 3]), cos)
+    x_BSD = op.Reshape(x_BSHK, [0, 0, -1])
+    y_BSD = MICROSOFT.RotaryEmbedding(x_BSD, op.Constant(value_ints=[0]), cos, sin)
+    y_BSHK = op.Reshape(y_BSD, op.Concat([0, 0], heads, [-1], axis=0))
+    return op.CastLike(op.Transpose(y_BSHK, perm=[0, 2, 1, 3]), x)
+
+
+@script(OPSET)
+def native(x, cos, sin):
+    """The operator of opset 23, in the tables' precision, with positions as the TensorRT parser takes them: int64."""
+    batch = op23.Shape(x, start=0, end=1)
+    length = op23.Shape(x, start=2, end=3)
+    position_S = op23.Range(0, op23.Squeeze(length), 1)
+    position_BS = op23.Expand(op23.Unsqueeze(position_S, [0]), op23.Concat(batch, length, axis=0))
+    return op23.CastLike(op23.RotaryEmbedding(op23.CastLike(x, cos), cos, sin, position_BS), x)
 
 
 ROTARY = GraphOp(
@@ -42,5 +64,12 @@ ROTARY = GraphOp(
     torch_op=torch.ops.modernbert.rotary.default,
     node=_node,
     inputs=("x", "cos", "sin"),
-    bodies={"portable": ModernBertRotary},
+    bodies={
+        "portable": ModernBertRotary,
+        "openvino": ModernBertRotary,
+        "ort-cuda": fused,
+        "tensorrt": native,
+        "tensorrt-dense": native,
+    },
+    float_inputs=("cos", "sin"),
 )

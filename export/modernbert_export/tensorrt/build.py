@@ -1,0 +1,175 @@
+"""Builds TensorRT plans from the two TensorRT graphs of a bundle. The one file of the exporter that talks to TensorRT.
+
+Written against TensorRT 11.4. The graphs are opset 24, which its parser reads from 10.15 on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from modernbert.errors import InputError
+from modernbert.output import whole_directory
+from modernbert_runtime.manifest import sha256_file
+from modernbert_runtime.tensorrt_engine import INPUTS, device_here, load_tensorrt
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile
+
+Progress = Callable[[str], None]
+T = TypeVar("T")
+
+
+def build_plans(
+    graphs: Mapping[str, Path],
+    out: Path,
+    *,
+    profiles: tuple[Profile, ...],
+    precision: str,
+    onnx_sha256: str,
+    workspace_bytes: int | None = None,
+    timing_cache: Path | None = None,
+    progress: Progress = lambda _: None,
+) -> PlanRecord:
+    """Builds a plan from each graph that a profile needs, and their record, for the GPU and TensorRT of this machine.
+
+    Args:
+        graphs: target -> ONNX file, as `Profile.graph` names them.
+        out: directory to make: whole, or absent when the build fails or is cancelled.
+        profiles: what the plans must serve.
+        precision: what the graphs are in, for the record.
+        onnx_sha256: what `onnx_hash` says of the files.
+        workspace_bytes: most scratch memory of the GPU; None leaves it to TensorRT.
+        timing_cache: file to take measured kernels from and to write them to; another build is then much faster.
+        progress: is told what is being done.
+
+    Raises:
+        EngineError: TensorRT or a GPU is missing.
+        InputError: TensorRT refuses a graph (each of its errors is listed), or `out` exists.
+        KeyboardInterrupt: the build was cancelled.
+    """
+    trt = load_tensorrt()
+    gpu, capability = device_here()
+    flags = () if workspace_bytes is None else (f"workspace={workspace_bytes}",)
+    key = PlanKey(
+        onnx_sha256=onnx_sha256,
+        tensorrt=trt.__version__,
+        gpu=gpu,
+        compute_capability=capability,
+        precision=precision,
+        profiles=profiles,
+        flags=flags,
+    )
+    files = {}
+    with whole_directory(out) as partial:
+        for graph in dict.fromkeys(limits.graph for limits in profiles):
+            served = [limits for limits in profiles if limits.graph == graph]
+            progress(f"building {graph}")
+            plan = _build(trt, graphs[graph], served, workspace_bytes, timing_cache, progress)
+            name = PlanRecord.file_of(graph)
+            (partial / name).write_bytes(plan)
+            files[name] = hashlib.sha256(plan).hexdigest()
+        record = PlanRecord(key=key, files=files)
+        (partial / RECORD_NAME).write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def onnx_hash(files: list[Path]) -> str:
+    """One hash of graphs and weights, in the order given: the part of a plan's key that says what it computes."""
+    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
+
+
+def _build(
+    trt: Any, file: Path, profiles: list[Profile], workspace: int | None, cache_file: Path | None, progress: Progress
+) -> bytes:
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    # Version 11 knows no other kind and ignores the flag; before, networks were weakly typed without it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        errors = [describe(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise InputError(f"TensorRT {trt.__version__} refuses {file.name!r}: {'; '.join(errors) or 'see its log'}")
+    allow_decomposition(trt, network)
+
+    config = builder.create_builder_config()
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    for limits in profiles:
+        profile = builder.create_optimization_profile()
+        for name in INPUTS:
+            profile.set_shape(name, *limits.shapes)
+        config.add_optimization_profile(profile)
+    known = cache_file.read_bytes() if cache_file is not None and cache_file.exists() else b""
+    timing_cache = config.create_timing_cache(known)
+    config.set_timing_cache(timing_cache, ignore_mismatch=False)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    plan = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor.cancel)
+    if plan is None:
+        raise InputError(f"TensorRT {trt.__version__} cannot build {file.name!r}: see the errors of its log above")
+    if cache_file is not None:
+        cache_file.write_bytes(bytes(timing_cache.serialize()))
+    return bytes(plan)
+
+
+def describe(error: Any) -> str:
+    """One error of the parser: the node, its operator, and where in which function it stands."""
+    stack = " in ".join(reversed(error.local_function_stack())) if error.local_function_stack_size() else ""
+    where = f"{error.node_operator()} {error.node_name()!r} (node {error.node()}{', in ' + stack if stack else ''})"
+    return f"{where}: {' '.join(error.desc().split())}"
+
+
+def allow_decomposition(trt: Any, network: Any) -> int:
+    """Lets TensorRT compute an attention by smaller kernels where it has no fused one; without, such a build fails.
+
+    Returns:
+        How many attentions the network has.
+    """
+    layers = map(network.get_layer, range(network.num_layers))
+    inputs = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    for layer in inputs:
+        attention = layer.attention
+        attention.decomposable = True
+    return len(inputs)
+
+
+def run_cancellable(work: Callable[[], T], cancel: Callable[[], None]) -> T:
+    """Runs in a thread what leaves Python for minutes and would not hear Ctrl-C; tells it to stop, and waits for it.
+
+    Raises:
+        KeyboardInterrupt: after the work has ended.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            cancel()
+            raise
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """Shows the steps of a build, and stops it at the next one after `cancel`."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self._cancelled = False
+            self._steps: dict[str, int] = {}
+
+        def cancel(self) -> None:
+            self._cancelled = True
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(f"building, {phase_name} {step + 1} of {self._steps.get(phase_name, '?')}")
+            return not self._cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()

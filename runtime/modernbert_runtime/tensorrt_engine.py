@@ -1,0 +1,284 @@
+"""The TensorRT engine: plans built on this machine, one execution context per profile, all in one device buffer.
+
+Imports tensorrt and cuda.bindings when one is made, not before. It opens only plans whose bytes are those of their
+record (`tensorrt_plan`), and only for the very GPU and TensorRT version that they were built for. What can be decided
+without a GPU (which profile, which pieces, which length to pad to) stands in `tensorrt_plan`; this file is calls.
+
+Written against TensorRT 11.4; the names it uses exist in 10.8 too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modernbert_runtime.cuda_memory import DeviceBuffer, PinnedBuffer, check, load_cudart
+from modernbert_runtime.errors import EngineError, one_line
+from modernbert_runtime.tensorrt_plan import PlanKey, PlanRecord, plan_runs, round_length
+
+INPUTS = ("input_ids", "attention_mask")
+# A captured graph takes some MiB on the device; these many shapes keep theirs, the one used longest ago goes first.
+MAX_CUDA_GRAPHS = 32
+
+
+class _Buffer(Protocol):
+    address: int
+
+
+def load_tensorrt() -> Any:
+    """The tensorrt module.
+
+    Raises:
+        EngineError: it is not installed, or its libraries do not load.
+    """
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise EngineError(
+            f"tensorrt cannot be imported ({one_line(error)}): pip install tensorrt, where NVIDIA's package index is "
+            'in reach, or use engine="onnxruntime"'
+        ) from error
+    return tensorrt
+
+
+def key_here(record_key: PlanKey, onnx_sha256: str) -> PlanKey:
+    """The key that plans would have if they were built like those, but on this machine now.
+
+    Raises:
+        EngineError: TensorRT or a GPU is missing.
+    """
+    gpu, capability = device_here()
+    return PlanKey(
+        onnx_sha256=onnx_sha256,
+        tensorrt=load_tensorrt().__version__,
+        gpu=gpu,
+        compute_capability=capability,
+        precision=record_key.precision,
+        profiles=record_key.profiles,
+        flags=record_key.flags,
+    )
+
+
+def device_here() -> tuple[str, str]:
+    """Name and compute capability of the current GPU.
+
+    Raises:
+        EngineError: there is none.
+    """
+    cudart = load_cudart()
+    device = check(cudart.cudaGetDevice(), "find a GPU")
+    properties = check(cudart.cudaGetDeviceProperties(device), "ask for the GPU's name")
+    return properties.name.decode(), f"{properties.major}.{properties.minor}"
+
+
+class TensorRtEngine:
+    """Runs one output of a model on its TensorRT plans.
+
+    Args:
+        directory: where the plans and their record lie.
+        onnx_sha256: of the graphs and weights that they must have been built from.
+        output: name of the output that `run` returns.
+
+    Raises:
+        BundleError: the directory has no record.
+        EngineError: TensorRT or a GPU is missing, a plan is stale or altered, or does not load.
+    """
+
+    def __init__(self, directory: Path, *, onnx_sha256: str, output: str = "sentence_embedding") -> None:
+        record = PlanRecord.read(directory)
+        if stale := record.key.differences(key_here(record.key, onnx_sha256)):
+            raise EngineError(
+                f"the TensorRT plans in {str(directory)!r} are stale: {'; '.join(stale)}; build them again"
+            )
+        trt, self._cudart = load_tensorrt(), load_cudart()
+        self._lock = threading.Lock()
+        self._profiles = record.key.profiles
+        self._output = output
+        self._open: list[Any] = []  # what close() frees
+        self._contexts: list[Any] = []
+        self._engines: list[Any] = []  # of each profile
+        self._captured: OrderedDict[tuple[int, int, int], _Captured] = OrderedDict()
+        self._seen: set[tuple[int, int, int]] = set()
+        self.name = f"tensorrt {trt.__version__} ({record.key.gpu}, {record.key.precision})"
+        try:
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            self._load(trt, record, directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[Any]:
+        """See `Engine.run`. Calls take turns."""
+        rows, length = input_ids.shape
+        with self._lock:
+            if not self._open:
+                raise EngineError("the engine is closed: load the bundle again")
+            index, pieces = plan_runs(rows, length, self._profiles)
+            parts = [self._run(index, input_ids[piece], attention_mask[piece]) for piece in pieces]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def close(self) -> None:
+        """Frees device and host memory; a run under way ends first."""
+        with self._lock:
+            for captured in self._captured.values():
+                captured.close()
+            self._captured.clear()
+            self._contexts, self._engines = [], []
+            for buffer in self._open:
+                buffer.close()
+            self._open = []
+
+    def _load(self, trt: Any, record: PlanRecord, directory: Path) -> None:
+        plans = {}
+        for name in dict.fromkeys(PlanRecord.file_of(profile.graph) for profile in self._profiles):
+            plans[name] = self._runtime.deserialize_cuda_engine(record.load(directory, name))
+            if plans[name] is None:
+                raise EngineError(f"TensorRT cannot load {name!r}: build the plans again")
+        self._engines = [plans[PlanRecord.file_of(profile.graph)] for profile in self._profiles]
+        engine = self._engines[0]
+        self._outputs = {
+            name: np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
+            for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
+            if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
+        }
+        if self._output not in self._outputs:
+            raise EngineError(f"the plans give {', '.join(self._outputs)}, not {self._output}: export for this task")
+        self._managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+        stream = _Stream(self._cudart)
+        self._open.append(stream)
+        self._stream = stream.handle
+        scratch = max(engine.device_memory_size_v2 for engine in self._engines)
+        self._scratch = self._keep(DeviceBuffer(self._cudart, scratch))
+        tokens = max(profile.max_batch * profile.max_length for profile in self._profiles)
+        self._host_in = {name: self._keep(PinnedBuffer(self._cudart, 8 * tokens)) for name in INPUTS}
+        self._device_in = {name: self._keep(DeviceBuffer(self._cudart, 8 * tokens)) for name in INPUTS}
+        sizes = dict.fromkeys(self._outputs, 0)
+        self._device_out: dict[str, DeviceBuffer] = {}
+        for index, profile in enumerate(self._profiles):
+            context = self._context(index)
+            self._set_shapes(context, profile.shapes[2])
+            for name, dtype in self._outputs.items():
+                sizes[name] = max(sizes[name], int(np.prod(context.get_tensor_shape(name))) * dtype.itemsize)
+            self._contexts.append(context)
+        self._device_out = {name: self._keep(DeviceBuffer(self._cudart, size)) for name, size in sizes.items()}
+        self._host_out = self._keep(PinnedBuffer(self._cudart, sizes[self._output]))
+        for context in self._contexts:
+            self._set_addresses(context)
+
+    def _context(self, index: int) -> Any:
+        """A context for a profile, in the device buffer that all share: runs take turns."""
+        context = self._engines[index].create_execution_context(self._managed)
+        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        if not context.set_optimization_profile_async(self._index_in_plan(index), self._stream):
+            raise EngineError(f"TensorRT refuses {self._profiles[index]}: build the plans again")
+        check(self._cudart.cudaStreamSynchronize(self._stream), "select a profile")
+        self._set_addresses(context)
+        return context
+
+    def _set_addresses(self, context: Any) -> None:
+        for name, buffer in (self._device_in | self._device_out).items():
+            context.set_tensor_address(name, buffer.address)
+
+    def _keep(self, buffer: Any) -> Any:
+        self._open.append(buffer)
+        return buffer
+
+    def _index_in_plan(self, index: int) -> int:
+        """Profiles are numbered within the plan of their graph."""
+        graph = self._profiles[index].graph
+        return [i for i, profile in enumerate(self._profiles) if profile.graph == graph].index(index)
+
+    def _set_shapes(self, context: Any, shape: tuple[int, int]) -> None:
+        accepted = [context.set_input_shape(name, shape) for name in INPUTS]
+        if not all(accepted) or (lacking := context.infer_shapes()):
+            raise EngineError(f"TensorRT refuses the shape {shape}, lacking {lacking if all(accepted) else INPUTS}")
+
+    def _run(self, index: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[Any]:
+        rows, length = input_ids.shape
+        shape = (rows, round_length(length, self._profiles[index]))
+        for name, values in zip(INPUTS, (input_ids, attention_mask), strict=True):
+            padded = self._host_in[name].array(shape, np.int64)
+            padded[:, :length] = values
+            padded[:, length:] = 0
+        case = (index, *shape)
+        if case in self._captured or case in self._seen:
+            captured = self._captured.pop(case, None) or self._capture(index, shape)
+            self._captured[case] = captured  # the one used last stands last
+            context = captured.context
+            check(self._cudart.cudaGraphLaunch(captured.graph, self._stream), "launch a CUDA graph")
+        else:
+            self._seen.add(case)
+            context = self._contexts[index]
+            self._set_shapes(context, shape)
+            self._enqueue(context, shape)
+        check(self._cudart.cudaStreamSynchronize(self._stream), "run the engine")
+        shape_out = tuple(context.get_tensor_shape(self._output))
+        result = self._host_out.array(shape_out, self._outputs[self._output]).copy()
+        return result[:, :length] if result.ndim == 3 else result
+
+    def _enqueue(self, context: Any, shape: tuple[int, int]) -> None:
+        """Copies in, runs, copies out: all in the stream, none awaited."""
+        cudart, nbytes = self._cudart, 8 * shape[0] * shape[1]
+        for name in INPUTS:
+            self._copy(self._device_in[name], self._host_in[name], nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        if not context.execute_async_v3(self._stream):
+            raise EngineError(f"TensorRT failed on a batch of {shape[0]} x {shape[1]} tokens: see its log")
+        size = int(np.prod(context.get_tensor_shape(self._output))) * self._outputs[self._output].itemsize
+        back = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(self._host_out, self._device_out[self._output], size, back)
+
+    def _copy(self, to: _Buffer, source: _Buffer, nbytes: int, kind: Any) -> None:
+        check(self._cudart.cudaMemcpyAsync(to.address, source.address, nbytes, kind, self._stream), "copy a batch")
+
+    def _capture(self, index: int, shape: tuple[int, int]) -> _Captured:
+        """Records a run as a CUDA graph, in a context of its own: changing the context's shapes would spoil it.
+
+        TensorRT allocates when it first meets a shape, which a capture must not; hence one plain run before.
+        """
+        while len(self._captured) >= MAX_CUDA_GRAPHS:
+            self._captured.popitem(last=False)[1].close()
+        cudart, context = self._cudart, self._context(index)
+        self._set_shapes(context, shape)
+        self._enqueue(context, shape)
+        check(cudart.cudaStreamSynchronize(self._stream), "run the engine")
+        relaxed = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        check(cudart.cudaStreamBeginCapture(self._stream, relaxed), "begin the capture of a CUDA graph")
+        try:
+            self._enqueue(context, shape)
+        finally:
+            graph = check(cudart.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
+        try:
+            executable = check(cudart.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph")
+        finally:
+            cudart.cudaGraphDestroy(graph)
+        return _Captured(cudart, context, executable)
+
+
+class _Captured:
+    """A CUDA graph that is ready to run, and the context that it was captured from."""
+
+    def __init__(self, cudart: Any, context: Any, graph: Any) -> None:
+        self._cudart, self.context, self.graph = cudart, context, graph
+
+    def close(self) -> None:
+        self._cudart.cudaGraphExecDestroy(self.graph)
+
+
+class _Stream:
+    """A stream of its own, so that others on the GPU are not waited for."""
+
+    def __init__(self, cudart: Any) -> None:
+        self._cudart = cudart
+        flags = cudart.cudaStreamNonBlocking
+        self.handle = int(check(cudart.cudaStreamCreateWithFlags(flags), "make a stream"))
+
+    def close(self) -> None:
+        if self.handle:
+            self._cudart.cudaStreamDestroy(self.handle)
+            self.handle = 0

@@ -1,0 +1,176 @@
+"""The lint over TensorRT graphs: silent on ours, and each fault that is planted into them found under its own rule."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from modernbert.errors import ParityError
+from modernbert_export import lower as lowering
+from modernbert_export.norm_island import NormIslandPass
+from modernbert_export.ops.op import Target
+from modernbert_export.tensorrt.half import HalfPass
+from modernbert_export.tensorrt.lint import lint
+
+TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-dense")
+
+
+def half(traced: ModelProto, target: Target) -> ModelProto:
+    graph = ir.from_proto(traced)
+    HalfPass()(graph)
+    return ir.to_proto(lowering.lower(graph, target))
+
+
+@pytest.fixture(scope="module")
+def graphs(traced: ModelProto) -> dict[str, ModelProto]:
+    return {target: half(traced, target) for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_our_graphs_have_no_fault(graphs: dict[str, ModelProto], traced: ModelProto, target: Target) -> None:
+    assert lint(graphs[target], precision="fp16") == []
+    assert lint(ir.to_proto(lowering.lower(ir.from_proto(traced), target)), precision="fp32") == []
+
+
+def first(model: ModelProto, op_type: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == op_type)
+
+
+def insert(model: ModelProto, before: onnx.NodeProto, *nodes: onnx.NodeProto) -> None:
+    at = list(model.graph.node).index(before)
+    for step, node in enumerate(nodes):
+        model.graph.node.insert(at + step, node)
+
+
+def newer_opset(model: ModelProto) -> None:
+    model.opset_import[0].version = 25
+
+
+def own_attention(model: ModelProto) -> None:
+    """A function of ours by the name of a built-in operator: the parser would compute the built-in one."""
+    model.opset_import.append(helper.make_opsetid("modernbert", 1))
+    function = helper.make_function(
+        "modernbert", "Attention", ["x"], ["y"], [helper.make_node("Identity", ["x"], ["y"])], model.opset_import[:1]
+    )
+    model.functions.append(function)
+
+
+def contrib_operator(model: ModelProto) -> None:
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def infinite_constant(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, -np.inf], np.float32), "mask"))
+
+
+def infinite_constant_node(model: ModelProto) -> None:
+    tensor = numpy_helper.from_array(np.array([-np.inf], np.float16))
+    insert(model, model.graph.node[0], helper.make_node("Constant", [], ["mask"], value=tensor))
+
+
+def unbounded_mask(model: ModelProto) -> None:
+    """-1e9 goes to fp16 as it is."""
+    bound = first(model, "Max")
+    bound.CopyFrom(helper.make_node("Identity", bound.input[:1], bound.output))
+
+
+def double(model: ModelProto) -> None:
+    norm = first(model, "LayerNormalization")
+    up = helper.make_node("Cast", [norm.input[0]], ["wide"], to=TensorProto.DOUBLE)
+    insert(model, norm, up, helper.make_node("Cast", ["wide"], ["narrow"], to=TensorProto.FLOAT))
+    norm.input[0] = "narrow"
+
+
+def integer_clip(model: ModelProto) -> None:
+    node = first(model, "Gather")
+    insert(model, node, helper.make_node("Clip", ["input_ids"], ["clipped"]))
+    node.input[1] = "clipped"
+
+
+def unknown_operator(model: ModelProto) -> None:
+    insert(model, model.graph.node[0], helper.make_node("NonZero", ["attention_mask"], ["found"]))
+
+
+def dynamic_heads(model: ModelProto) -> None:
+    """The number of heads comes from a shape: the same number here, but not known to the parser."""
+    transposed = next(node for node in model.graph.node if node.output[0] == first(model, "Attention").input[2])
+    reshape = next(node for node in model.graph.node if node.output[0] == transposed.input[0])
+    shape = next(node for node in model.graph.node if node.output[0] == reshape.input[1])
+    shape.input[2] = shape.input[0]
+
+
+def softcap(model: ModelProto) -> None:
+    first(model, "Attention").attribute.append(helper.make_attribute("softcap", 30.0))
+
+
+def key_lengths(model: ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "lengths"))
+    first(model, "Attention").input.extend(["", "", "lengths"])
+
+
+def no_positions(model: ModelProto) -> None:
+    del first(model, "RotaryEmbedding").input[3:]
+
+
+def computed_axes(model: ModelProto) -> None:
+    first(model, "Unsqueeze").input[1] = "axes"
+    shape = helper.make_node("Shape", ["attention_mask"], ["axes"], start=0, end=1)
+    insert(model, model.graph.node[0], shape)
+
+
+FAULTS: dict[Callable[[ModelProto], None], str] = {
+    newer_opset: "opset",
+    own_attention: "hijack",
+    contrib_operator: "domain",
+    infinite_constant: "infinity",
+    infinite_constant_node: "infinity",
+    unbounded_mask: "infinity",
+    double: "float64",
+    integer_clip: "types",
+    unknown_operator: "operator",
+    dynamic_heads: "attention",
+    softcap: "attention",
+    key_lengths: "attention",
+    no_positions: "rotary",
+    computed_axes: "constant",
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_planted_fault_is_found(graphs: dict[str, ModelProto], plant: Callable[[ModelProto], None]) -> None:
+    model = ModelProto()
+    model.CopyFrom(graphs["tensorrt-dense"])
+    plant(model)
+    rules = {finding.rule for finding in lint(model, precision="fp16")}
+    assert FAULTS[plant] in rules
+
+
+def test_norm_in_half_precision_is_found(traced: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    for target, form in lowering.FORMS.items():
+        without = tuple(rewrite for rewrite in form.passes if rewrite is not NormIslandPass)
+        monkeypatch.setitem(lowering.FORMS, target, lowering.dataclasses.replace(form, passes=without))
+    (rule,) = {(finding.rule, finding.where.split()[0]) for finding in lint(half(traced, "tensorrt"), precision="fp16")}
+    assert rule == ("precision", "LayerNormalization")
+
+
+def test_products_left_in_fp32_are_found(traced: ModelProto) -> None:
+    model = ir.to_proto(lowering.lower(ir.from_proto(traced), "tensorrt"))
+    found = {finding.where.split()[0] for finding in lint(model, precision="fp16") if finding.rule == "precision"}
+    assert found == {"MatMul", "Attention", "Gelu"}
+
+
+def test_other_targets_are_refused(traced: ModelProto) -> None:
+    rules = {finding.rule for finding in lint(half(traced, "portable"), precision="fp16")}
+    assert {"operator", "precision"} <= rules
+
+
+def test_weight_beyond_fp16_is_refused(traced: ModelProto) -> None:
+    graph = ir.from_proto(traced)
+    name = "model.embeddings.tok_embeddings.weight"
+    value = graph.graph.initializers[name]
+    value.const_value = ir.tensor(np.full(value.shape.numpy(), 1e5, np.float32), name=name)
+    with pytest.raises(ParityError, match=name):
+        HalfPass()(graph)
