@@ -9,6 +9,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +90,7 @@ class MemoryBudget:
         Between known lengths the straight line; below the shortest in proportion. Beyond the longest with the square
         of the length, which is what attention needs at worst.
         """
-        known = sorted(self.row_bytes)
-        sizes = np.maximum.accumulate([self.row_bytes[tokens] for tokens in known])  # longer never needs less
+        known, sizes = self._known
         if length > known[-1]:
             return int(sizes[-1] * (length / known[-1]) ** 2)
         return int(np.interp(length, [0, *known], [0, *sizes]))
@@ -98,10 +99,15 @@ class MemoryBudget:
         """The most rows of that many tokens for which there is room; 0 if not even for one."""
         return max(0, self.room) // max(1, self.estimate(length))
 
-    @property
+    @cached_property
     def max_length(self) -> int:
         """The most tokens of a text for which there is room."""
         return bisect_right(range(1, _MOST_TOKENS), self.room, key=self.estimate)
+
+    @cached_property
+    def _known(self) -> tuple[list[int], list[int]]:
+        known = sorted(self.row_bytes)
+        return known, list(accumulate((self.row_bytes[tokens] for tokens in known), max))  # longer never needs less
 
 
 def in_gb(size: int) -> str:
