@@ -13,15 +13,11 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
 from modernbert_runtime.machine import usable_threads
+from modernbert_runtime.spikes import Spikes
 
 CPU = "CPUExecutionProvider"
 # Where each provider wants inputs to lie. Others get NumPy arrays and copy for themselves.
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
-
-# Tokens of one text from which on a run takes seconds, so that getting its memory anew costs nothing.
-LONG_LENGTH = 2048
-# A run of less than this part of the tokens that the arena has grown to gives the rest back.
-_SMALL_SHARE = 1 / 8
 
 
 class OnnxRuntimeEngine:
@@ -95,7 +91,7 @@ class OnnxRuntimeEngine:
         self._shrink = ort.RunOptions()
         if settings.enable_cpu_mem_arena:
             self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._grown_to = 0  # tokens of the largest batch since the arena last shrank; a hint, so not locked
+        self._spikes = Spikes()
         self._output = output
         self.name = f"onnxruntime ({', '.join(session.get_providers())})"
 
@@ -110,7 +106,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         try:
-            options = self._shrink if self._lets_go(input_ids) else None
+            options = self._shrink if self._spikes.passed_with(*input_ids.shape) else None
             return np.asarray(self._compute(session, feed, output or self._output, options))
         except Exception as error:  # as above
             rows, length = input_ids.shape
@@ -134,17 +130,6 @@ class OnnxRuntimeEngine:
         binding.bind_output(output, self._device)
         session.run_with_iobinding(binding, options)
         return binding.copy_outputs_to_cpu()[0]
-
-    def _lets_go(self, input_ids: NDArray[np.int64]) -> bool:
-        """Whether the arena shall shrink after this run: it is long, or much smaller than one before it was."""
-        if input_ids.shape[1] >= LONG_LENGTH:
-            self._grown_to = 0
-            return True
-        if input_ids.size < _SMALL_SHARE * self._grown_to:
-            self._grown_to = input_ids.size
-            return True
-        self._grown_to = max(self._grown_to, input_ids.size)
-        return False
 
 
 def _set_option(settings: Any, name: str, value: str) -> None:

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
 from modernbert_runtime.machine import usable_threads
-
-# Tokens of one batch from which on a run takes seconds, so that getting its memory anew costs nothing.
-_LARGE = 8192
+from modernbert_runtime.spikes import Spikes
 
 
 class OpenVinoEngine:
@@ -77,6 +75,7 @@ class OpenVinoEngine:
             )
         self._output = output
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests; each serves one run at a time
+        self._spikes = Spikes()
         self.name = f"openvino (CPU, {compute})"
 
     def run(
@@ -95,10 +94,8 @@ class OpenVinoEngine:
                 request = compiled.create_infer_request()
             request.infer({"input_ids": input_ids, "attention_mask": attention_mask})
             result = np.array(request.get_output_tensor(self._outputs[output or self._output]).data)
-            if input_ids.size < _LARGE:
-                self._idle.put(request)
-            else:  # it would keep what it took for as long as it lives
-                del request
+            self._idle.put(request)
+            if self._spikes.passed_with(*input_ids.shape):
                 compiled.release_memory()
             return result
         except Exception as error:  # as above
