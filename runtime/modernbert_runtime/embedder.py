@@ -131,6 +131,7 @@ class Embedder:
             precision=precision,
             providers=providers,
             threads=threads,
+            keep_little_memory=limit is not None,
             options=engine_options,
         )
         artifact = opened.artifact

@@ -38,6 +38,7 @@ def open_engine(
     precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
+    keep_little_memory: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OpenedEngine:
     """Choose an engine and an artifact, and load them. For the arguments see `Embedder.load`.
@@ -45,6 +46,7 @@ def open_engine(
     Args:
         bundle: holds the artifacts.
         output: name of the model's output that `Engine.run` returns unless asked for another.
+        keep_little_memory: see `Spikes`.
 
     Raises:
         InputError: an unknown engine, or options that do not go together.
@@ -69,6 +71,7 @@ def open_engine(
                 output=output,
                 compute="bf16" if compute == "bf16" else "fp32",
                 threads=threads,
+                keep_little_memory=keep_little_memory,
                 options=options,
             ),
             artifact=artifact,
@@ -79,7 +82,12 @@ def open_engine(
     artifact = _artifact(bundle, ("portable",) if tuple(providers) == (CPU,) else ("ort-cuda", "portable"), precision)
     return OpenedEngine(
         engine=OnnxRuntimeEngine(
-            bundle.onnx_path(artifact), output=output, providers=providers, threads=threads, options=options
+            bundle.onnx_path(artifact),
+            output=output,
+            providers=providers,
+            threads=threads,
+            keep_little_memory=keep_little_memory,
+            options=options,
         ),
         artifact=artifact,
         compute=artifact.precision,

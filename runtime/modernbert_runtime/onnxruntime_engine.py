@@ -29,6 +29,7 @@ class OnnxRuntimeEngine:
         providers: ONNX Runtime execution providers, the preferred one first.
         threads: threads within one operator; None leaves it to ONNX Runtime (one per physical core), except that a
             container's CPU limit is kept.
+        keep_little_memory: hand back what a batch took after it, unless it was small; see `Spikes`.
         options: session options of ONNX Runtime by their names, such as {"session.intra_op.allow_spinning": "0"} (idle
             threads sleep: less CPU, later start), {"session.intra_op_thread_affinities": "1-8;..."} (cores of one
             NUMA node), or {"enable_cpu_mem_arena": "0"} (every run gets its memory anew: least memory, slower).
@@ -45,6 +46,7 @@ class OnnxRuntimeEngine:
         output: str,
         providers: Sequence[str] = (CPU,),
         threads: int | None = None,
+        keep_little_memory: bool = False,
         options: Mapping[str, str] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
@@ -91,7 +93,7 @@ class OnnxRuntimeEngine:
         self._shrink = ort.RunOptions()
         if settings.enable_cpu_mem_arena:
             self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._spikes = Spikes()
+        self._spikes = Spikes(keep_little=keep_little_memory)
         self._output = output
         self.name = f"onnxruntime ({', '.join(session.get_providers())})"
 
