@@ -110,6 +110,10 @@ class Bundle:
             )
         return path
 
+    def size_of(self, artifact: Artifact) -> int:
+        """Bytes of an artifact's ONNX file and weights, which were checked before (`onnx_path`)."""
+        return sum((self.root / name).stat().st_size for name in (artifact.file, artifact.data_file) if name)
+
     def pad_id(self) -> int:
         """`pad_token_id` of config.json; 0 where the bundle does not say.
 

@@ -138,10 +138,8 @@ class Embedder:
         memory = None
         if limit is not None:
             # Pages of weights that nothing has touched yet are not resident, and will be.
-            weights = sum(bundle.path_of(name).stat().st_size for name in (artifact.file, artifact.data_file) if name)
-            memory = MemoryBudget.of(
-                artifact.activation_bytes, limit=limit, resident=max(resident_bytes(), before + weights)
-            )
+            loaded = before + bundle.size_of(artifact)
+            memory = MemoryBudget.of(artifact.activation_bytes, limit=limit, resident=max(resident_bytes(), loaded))
         embedder = cls(
             opened.engine,
             tokenizer,
