@@ -188,6 +188,8 @@ def test_a_span_without_tokens_gives_nan_and_is_refused(tiny: Embedder) -> None:
     tokens = TokenVectors(np.zeros(2, np.int32), np.array([[-1, -1], [0, 1]]), np.ones((2, 3), np.float32), 0)
     assert np.isnan(pool_spans(tokens, np.array([[1, 2]]))).all()
     assert pool_spans(tokens, np.array([[0, 9]])).tolist() == [[1, 1, 1]]
+    touching = TokenVectors(np.zeros(3, np.int32), np.array([[0, 1], [1, 2], [2, 4]]), np.eye(3, dtype=np.float32), 0)
+    assert pool_spans(touching, np.array([[1, 2], [3, 4]])).tolist() == [[0, 1, 0], [0, 0, 1]]
     with pytest.raises(InputError, match=r"spans\[0\]\[0\] \(1, 3\) has no tokens of texts\[0\]: drop it"):
         tiny.embed_chunks(["a   b"], spans=[[(1, 3)]], late=True)
 

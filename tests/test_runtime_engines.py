@@ -3,7 +3,7 @@
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def test_precision_of_what_runs_is_logged(openvino: Any, root: Path, caplog: pyt
     [
         ({"engine": "tensorrt"}, EngineError, "engine='tensorrt' is not in this release: use engine='onnxruntime'"),
         ({"engine": "openvino", "providers": [CPU]}, InputError, "providers belong to engine='onnxruntime'"),
+        ({"engine": "openvino", "max_memory": "9GB"}, InputError, "max_memory is kept by engine='onnxruntime' only"),
         ({"engine": "onnxruntime", "precision": "bf16"}, BundleError, "no artifact portable/bf16"),
         ({"providers": []}, InputError, "providers must be a list of names"),
         ({"providers": CPU}, InputError, "providers must be a list of names"),
@@ -276,3 +277,39 @@ def test_memory_comes_back_after_a_spike(
     made.run(small, small)
     grown = resident_bytes() - before
     assert grown < 40e6, f"{grown / 1e6:.0f} MB of about 200 MB are still resident"
+
+
+def peak_over(work: Callable[[], object]) -> int:
+    """Bytes that the process held at most beyond what it held before."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5")  # the peak becomes what is resident now
+    except OSError:
+        pytest.skip("this system does not let a process measure its own peak memory")
+    before = resident_bytes()
+    work()
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 - before
+
+
+def test_peak_memory_keeps_to_max_memory(tmp_path: Path) -> None:
+    room = 150_000_000
+
+    def change(manifest: Manifest) -> Manifest:
+        first = replace(manifest.artifacts[0], activation_bytes={"1000": 103_000_000})  # as measured
+        names = {name: value for name, value in manifest.files.items() if name != "onnx/model_inline.onnx"}
+        return replace(manifest, dimension=4096, max_length=1500, normalize=False, artifacts=(first,), files=names)
+
+    root = write_tiny_bundle(tmp_path / "bundle", change=change)
+    hungry_model(root / "onnx/model.onnx")
+    rng = np.random.default_rng(0)
+    texts = ["a " * int(length) for length in [900, *rng.integers(1, 60, size=60), *rng.integers(1, 600, size=9)]]
+    options: Any = dict(engine="onnxruntime", threads=1, batch_tokens=10_000, verify_hashes=False)
+    with Embedder.load(root, **options, max_memory=resident_bytes() + room) as embedder:
+        embedder.embed(["a"])
+        assert peak_over(lambda: embedder.embed(texts)) < room
+        assert peak_over(lambda: embedder.embed(texts)) < room  # nor does what the first call left behind add up
+        assert embedder.stats().batches > 4
+    with Embedder.load(root, **options) as unlimited:
+        unlimited.embed(["a"])
+        assert peak_over(lambda: unlimited.embed(texts)) > room

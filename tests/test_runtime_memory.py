@@ -147,16 +147,16 @@ def with_room(root: Path, engine: Sizes, room: int, **options: Any) -> Embedder:
 
 def test_batches_are_cut_by_memory(root: Path) -> None:
     engine = Sizes()
-    with_room(root, engine, 12_000_000).embed(["a", "a b", "a b c d e f", "b"])  # 3, 4, 8 and 3 tokens of 1 MB each
+    with_room(root, engine, 15_000_000).embed(["a", "a b", "a b c d e f", "b"])  # 3, 4, 8 and 3 tokens of 1.25 MB each
     assert engine.shapes == [(1, 8), (3, 4)]
 
 
 def test_a_text_above_the_limit_is_named_before_anything_runs(root: Path) -> None:
     engine = Sizes()
-    embedder = with_room(root, engine, 12_000_000)
+    embedder = with_room(root, engine, 15_000_000)
     texts = ["a", "b " * 11, "c " * 10]
     message = (
-        r"^texts\[1\] has 13 tokens and would take about 0\.01 GB; max_memory leaves 0\.01 GB, "
+        r"^texts\[1\] has 13 tokens and would take about 0\.02 GB; max_memory leaves 0\.0\d GB, "
         r"enough for 12 tokens: raise it, split the text, or use embed_chunks$"
     )
     for call in (
@@ -175,14 +175,15 @@ def test_a_text_above_the_limit_is_named_before_anything_runs(root: Path) -> Non
 def test_it_is_named_by_its_own_index_in_long_lists(root: Path) -> None:
     engine = Sizes()
     with pytest.raises(TextTooLong, match=r"^texts\[5000\] has 13 tokens"):
-        with_room(root, engine, 12_000_000).embed(["a"] * 5000 + ["b " * 11])
+        with_room(root, engine, 15_000_000).embed(["a"] * 5000 + ["b " * 11])
     assert engine.shapes == []
 
 
 def test_loading_within_a_limit(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     limit = resident_bytes() + 400_000_000
-    with caplog.at_level("INFO"), Embedder.load(root, engine="onnxruntime", max_memory=limit) as embedder:
+    with caplog.at_level("INFO"), Embedder.load(root, max_memory=limit) as embedder:
         np.testing.assert_allclose(embedder.embed(["a b"]), [expected_vector("a b")], atol=1e-6)
+    assert "(max_memory is given)" in caplog.messages[-1]
     assert re.search(r"0\.\d\d GB for a batch, texts of up to \d+ tokens$", caplog.messages[-1])
 
 

@@ -60,6 +60,12 @@ def test_int8_covers_the_range_and_clips_beyond() -> None:
     assert np.abs(middle + 1).max() <= 1  # 255 levels have no middle of their own
 
 
+def test_a_zero_is_not_positive() -> None:
+    vectors = np.array([[0.0, -0.0, 1.0, -1.0, 0.0, 0.0, 0.5, 0.0]], dtype=np.float32)
+    bits = OutputFormat.of(tiny_manifest(), output_dtype="binary").convert(vectors)
+    np.testing.assert_array_equal(bits, quantize_embeddings(vectors, "ubinary"))
+
+
 def test_float16_is_the_nearest(embedder: Embedder) -> None:
     vectors = embedder.embed(TEXTS, output_dtype="float16")
     assert vectors.dtype == np.float16

@@ -75,7 +75,7 @@ def token_windows(starts_word: NDArray[np.bool_], *, size: int, overlap: int) ->
             stop = _word_start_at_or_before(starts_word, stop, above=max(start, end))
         windows.append((start, stop))
         end = stop
-        start = _word_start_at_or_before(starts_word, max(end - overlap, start + 1), above=start) if overlap else end
+        start = _word_start_at_or_before(starts_word, max(end - overlap, start + 1), above=start)
     return np.array(windows, dtype=np.int64).reshape(-1, 2)
 
 

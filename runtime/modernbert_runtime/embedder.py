@@ -103,7 +103,8 @@ class Embedder:
             batch_tokens: most tokens of one batch, padding included.
             max_memory: most that this process may hold while a batch runs, in bytes or as "2GB": batches are cut to
                 keep to it, one runs at a time, and a text that alone would exceed it is refused. What is resident
-                after loading counts; what the caller collects later, such as results, does not.
+                after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
+                the CPU keeps to it.
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
             engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`.
             verify_hashes: compare the files with the manifest first, which reads them once more.
@@ -131,7 +132,7 @@ class Embedder:
             precision=precision,
             providers=providers,
             threads=threads,
-            keep_little_memory=limit is not None,
+            bounded_memory=limit is not None,
             options=engine_options,
         )
         artifact = opened.artifact

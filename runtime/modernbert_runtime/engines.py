@@ -38,7 +38,7 @@ def open_engine(
     precision: str | None = None,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
-    keep_little_memory: bool = False,
+    bounded_memory: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> OpenedEngine:
     """Choose an engine and an artifact, and load them. For the arguments see `Embedder.load`.
@@ -46,7 +46,8 @@ def open_engine(
     Args:
         bundle: holds the artifacts.
         output: name of the model's output that `Engine.run` returns unless asked for another.
-        keep_little_memory: see `Spikes`.
+        bounded_memory: whether a memory limit must hold, which only onnxruntime keeps: OpenVINO packs the weights anew
+            for batches of other sizes and keeps the copies.
 
     Raises:
         InputError: an unknown engine, or options that do not go together.
@@ -60,8 +61,10 @@ def open_engine(
             "engine='tensorrt' is not in this release: use engine='onnxruntime' with "
             "providers=['TensorrtExecutionProvider', 'CUDAExecutionProvider']"
         )
-    chosen, reason = _choose(bundle, engine, precision, providers)
+    chosen, reason = _choose(bundle, engine, precision, providers, bounded_memory)
     if chosen == "openvino":
+        if bounded_memory:
+            raise InputError("max_memory is kept by engine='onnxruntime' only: leave it out, or choose that engine")
         if providers is not None:
             raise InputError("providers belong to engine='onnxruntime': leave them out, or choose that engine")
         artifact, compute = _openvino_artifact(bundle, precision)
@@ -71,7 +74,6 @@ def open_engine(
                 output=output,
                 compute="bf16" if compute == "bf16" else "fp32",
                 threads=threads,
-                keep_little_memory=keep_little_memory,
                 options=options,
             ),
             artifact=artifact,
@@ -86,7 +88,7 @@ def open_engine(
             output=output,
             providers=providers,
             threads=threads,
-            keep_little_memory=keep_little_memory,
+            keep_little_memory=bounded_memory,
             options=options,
         ),
         artifact=artifact,
@@ -96,12 +98,14 @@ def open_engine(
 
 
 def _choose(
-    bundle: Bundle, engine: EngineName, precision: str | None, providers: Sequence[str] | None
+    bundle: Bundle, engine: EngineName, precision: str | None, providers: Sequence[str] | None, bounded_memory: bool
 ) -> tuple[Literal["onnxruntime", "openvino"], str]:
     if engine in ("onnxruntime", "openvino"):
         return engine, "as asked"
     if providers is not None:
         return "onnxruntime", "providers are given"
+    if bounded_memory:
+        return "onnxruntime", "max_memory is given"
     have_ort, have_openvino = _installed("onnxruntime"), _installed("openvino")
     if precision == "bf16":
         return "openvino", "precision bf16"

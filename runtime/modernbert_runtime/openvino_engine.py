@@ -25,7 +25,6 @@ class OpenVinoEngine:
         compute: number format of the arithmetic, whatever that of the file: "bf16" is faster on CPUs that have it,
             and as exact as bfloat16 is.
         threads: None leaves it to OpenVINO (all physical cores), except that a container's CPU limit is kept.
-        keep_little_memory: hand back what a batch took after it, unless it was small; see `Spikes`.
         options: OpenVINO's properties by their names, such as {"NUM_STREAMS": "2"}, {"ENABLE_CPU_PINNING": "NO"} or
             {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}.
 
@@ -41,7 +40,6 @@ class OpenVinoEngine:
         output: str,
         compute: Literal["fp32", "bf16"] = "fp32",
         threads: int | None = None,
-        keep_little_memory: bool = False,
         options: Mapping[str, str] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
@@ -77,7 +75,7 @@ class OpenVinoEngine:
             )
         self._output = output
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests; each serves one run at a time
-        self._spikes = Spikes(keep_little=keep_little_memory)
+        self._spikes = Spikes()
         self.name = f"openvino (CPU, {compute})"
 
     def run(
