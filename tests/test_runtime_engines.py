@@ -75,9 +75,10 @@ def test_openvino_in_several_threads_and_batches(openvino: Any, root: Path) -> N
             thread.start()
         for thread in threads:
             thread.join()
-        first = embedder.embed(["a"])
+        engine, mask = embedder._runner.engine, np.ones((1, 2), dtype=np.int64)
+        first = engine.run(np.array([[8, 9]]), mask)
         kept = first.copy()
-        embedder.embed(["b"])
+        engine.run(np.array([[10, 11]]), mask)
         np.testing.assert_array_equal(first, kept)  # not a view of the engine's own memory
     for letter, vectors in results.items():
         np.testing.assert_allclose(vectors, [expected_vector(letter)] * 9, atol=1e-6)
@@ -274,7 +275,8 @@ def test_memory_comes_back_after_a_spike(
     before = resident_bytes()
     large = np.ones((rows, length), dtype=np.int64)
     made.run(large, large)
-    made.run(small, small)
+    if rows > 1:  # a long run hands back at once, others when a small one follows
+        made.run(small, small)
     grown = resident_bytes() - before
     assert grown < 40e6, f"{grown / 1e6:.0f} MB of about 200 MB are still resident"
 

@@ -147,16 +147,16 @@ def with_room(root: Path, engine: Sizes, room: int, **options: Any) -> Embedder:
 
 def test_batches_are_cut_by_memory(root: Path) -> None:
     engine = Sizes()
-    with_room(root, engine, 15_000_000).embed(["a", "a b", "a b c d e f", "b"])  # 3, 4, 8 and 3 tokens of 1.25 MB each
+    with_room(root, engine, 14_000_000).embed(["a", "a b", "a b c d e f", "b"])  # 3, 4, 8 and 3 tokens of 1.15 MB each
     assert engine.shapes == [(1, 8), (3, 4)]
 
 
 def test_a_text_above_the_limit_is_named_before_anything_runs(root: Path) -> None:
     engine = Sizes()
-    embedder = with_room(root, engine, 15_000_000)
+    embedder = with_room(root, engine, 14_000_000)
     texts = ["a", "b " * 11, "c " * 10]
     message = (
-        r"^texts\[1\] has 13 tokens and would take about 0\.02 GB; max_memory leaves 0\.0\d GB, "
+        r"^texts\[1\] has 13 tokens and would take about 0\.01 GB; max_memory leaves 0\.0\d GB, "
         r"enough for 12 tokens: raise it, split the text, or use embed_chunks$"
     )
     for call in (
@@ -175,7 +175,7 @@ def test_a_text_above_the_limit_is_named_before_anything_runs(root: Path) -> Non
 def test_it_is_named_by_its_own_index_in_long_lists(root: Path) -> None:
     engine = Sizes()
     with pytest.raises(TextTooLong, match=r"^texts\[5000\] has 13 tokens"):
-        with_room(root, engine, 15_000_000).embed(["a"] * 5000 + ["b " * 11])
+        with_room(root, engine, 14_000_000).embed(["a"] * 5000 + ["b " * 11])
     assert engine.shapes == []
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
-from modernbert_runtime.machine import usable_threads
+from modernbert_runtime.machine import return_free_memory, usable_threads
 from modernbert_runtime.spikes import Spikes
 
 CPU = "CPUExecutionProvider"
@@ -108,8 +108,11 @@ class OnnxRuntimeEngine:
             raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         try:
-            options = self._shrink if self._spikes.passed_with(*input_ids.shape) else None
-            return np.asarray(self._compute(session, feed, output or self._output, options))
+            let_go = self._spikes.passed_with(*input_ids.shape)
+            result = np.asarray(self._compute(session, feed, output or self._output, self._shrink if let_go else None))
+            if let_go:
+                return_free_memory()
+            return result
         except Exception as error:  # as above
             rows, length = input_ids.shape
             raise EngineError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
-from modernbert_runtime.machine import usable_threads
+from modernbert_runtime.machine import return_free_memory, usable_threads
 from modernbert_runtime.spikes import Spikes
 
 
@@ -97,6 +97,7 @@ class OpenVinoEngine:
             self._idle.put(request)
             if self._spikes.passed_with(*input_ids.shape):
                 compiled.release_memory()
+                return_free_memory()
             return result
         except Exception as error:  # as above
             rows, length = input_ids.shape
