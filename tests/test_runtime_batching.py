@@ -62,6 +62,11 @@ def test_a_budget_is_used_to_the_full() -> None:
     assert plan_batches([], 8192) == []
 
 
+def test_long_rows_run_alone() -> None:
+    plan = plan_batches([2047, 2048, 3000, 2047], 100_000)
+    assert [batch.tolist() for batch in plan] == [[2], [1], [0, 3]]
+
+
 def test_a_row_joins_from_half_of_the_longest_on() -> None:
     assert [batch.tolist() for batch in plan_batches([300, 150, 149], 8192)] == [[0, 1], [2]]
     assert [batch.tolist() for batch in plan_batches([64, 1], 8192)] == [[0, 1]]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ class Recorder:
         self.batches: list[tuple[np.ndarray, np.ndarray]] = []
         self.fill, self.dimension = fill, dimension
 
-    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def run(self, input_ids: np.ndarray, attention_mask: np.ndarray, output: str | None = None) -> np.ndarray:
         self.batches.append((input_ids, attention_mask))
         return np.full((len(input_ids), self.dimension), self.fill, dtype=np.float16)
 
@@ -63,7 +64,7 @@ class Recorder:
         pass
 
 
-def with_engine(root: Path, engine: Recorder, **options: int) -> Embedder:
+def with_engine(root: Path, engine: Recorder, **options: Any) -> Embedder:
     bundle = Bundle.open(root)
     tokenizer = TextTokenizer(bundle.path_of("tokenizer.json"), max_length=MAX_LENGTH)
     return Embedder(engine, tokenizer, bundle.manifest, **options)
@@ -118,7 +119,7 @@ def test_batches_are_padded_masked_and_within_budget(root: Path) -> None:
 
 
 def test_pad_id_comes_from_the_config(embedder: Embedder) -> None:
-    assert embedder._pad_id == PAD_ID
+    assert embedder._runner.pad_id == PAD_ID
 
 
 def test_threads_may_share_an_embedder(embedder: Embedder) -> None:
@@ -272,7 +273,7 @@ def test_a_text_without_tokens(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"truncation": "middle"}, "truncation must be one of error, right, left, not 'middle'"),
-        ({"engine": "torch"}, "engine must be onnxruntime, not 'torch'"),
+        ({"engine": "torch"}, "engine must be one of auto, onnxruntime, openvino, tensorrt, not 'torch'"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, not 0"),
     ],
@@ -333,7 +334,7 @@ def test_an_output_or_provider_that_is_not_there(root: Path) -> None:
 def test_without_onnxruntime(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r'pip install "modernbert-deploy\[cpu\]"'):
-        Embedder.load(root)
+        Embedder.load(root, engine="onnxruntime")
 
 
 # The package

@@ -9,6 +9,7 @@
 It does not train, export or download anything. Every error is a `ModernBertRuntimeError`; see `errors`.
 """
 
+from modernbert_runtime.chunking import TextChunks, TokenVectors
 from modernbert_runtime.embedder import Embedder
 from modernbert_runtime.errors import (
     BundleError,
@@ -19,16 +20,20 @@ from modernbert_runtime.errors import (
     Overloaded,
     TextTooLong,
 )
+from modernbert_runtime.stats import EmbedderStats
 from modernbert_runtime.tokenizer import TokenizedText
 
 __all__ = [
     "BundleError",
     "DeadlineExceeded",
     "Embedder",
+    "EmbedderStats",
     "EngineError",
     "InputError",
     "ModernBertRuntimeError",
     "Overloaded",
+    "TextChunks",
     "TextTooLong",
+    "TokenVectors",
     "TokenizedText",
 ]

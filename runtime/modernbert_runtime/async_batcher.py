@@ -38,13 +38,20 @@ class Request:
     Args:
         tokens: at least one text.
         dimension: of one vector.
+        finish: what the caller gets of the vectors [texts, dimension]; called in the engine thread.
     """
 
-    def __init__(self, tokens: Sequence[TokenizedText], dimension: int) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[TokenizedText],
+        dimension: int,
+        finish: Callable[[NDArray[np.float32]], NDArray[Any]] = lambda vectors: vectors,
+    ) -> None:
         self.waiting = dict(enumerate(tokens))  # index of the text -> the text, until it starts
         self.num_tokens = sum(len(text.input_ids) for text in tokens)
         self.order = 0  # smaller goes first; the queue sets it
-        self.future: Future[NDArray[np.float32]] = Future()
+        self.future: Future[NDArray[Any]] = Future()
+        self._finish = finish
         self._vectors = np.empty((len(tokens), dimension), dtype=np.float32)
         self._missing = len(tokens)
 
@@ -54,7 +61,7 @@ class Request:
         self._missing -= 1
         if self._missing == 0:
             with contextlib.suppress(InvalidStateError):  # the caller is gone
-                self.future.set_result(self._vectors)
+                self.future.set_result(self._finish(self._vectors))
 
     def fail(self, error: ModernBertRuntimeError) -> None:
         """Let the caller have this error, unless it is gone or has one already."""
@@ -76,11 +83,15 @@ class TokenQueue:
     Args:
         batch_tokens: most tokens of one batch, padding included; a longer text runs alone.
         max_waiting_tokens: most tokens that wait.
+        max_rows: see `plan_batches`.
     """
 
-    def __init__(self, *, batch_tokens: int, max_waiting_tokens: int) -> None:
+    def __init__(
+        self, *, batch_tokens: int, max_waiting_tokens: int, max_rows: Callable[[int], int] | None = None
+    ) -> None:
         self.waiting_tokens = 0
         self._batch_tokens = batch_tokens
+        self._max_rows = max_rows
         self._max_waiting_tokens = max_waiting_tokens
         self._admitted_tokens = 0
         self._requests: list[Request] = []  # sorted by order, ties as they came; each has texts waiting
@@ -126,7 +137,8 @@ class TokenQueue:
                 room -= len(text.input_ids)
                 if room <= 0:
                     break
-        plan = plan_batches([len(text.input_ids) for _, _, text in items], self._batch_tokens)
+        lengths = [len(text.input_ids) for _, _, text in items]
+        plan = plan_batches(lengths, self._batch_tokens, max_rows=self._max_rows)
         batch = [items[position] for rows in plan if 0 in rows for position in rows]
         for request, index, text in batch:
             del request.waiting[index]
@@ -151,6 +163,7 @@ class AsyncBatcher:
         dimension: of one vector.
         batch_tokens: see `TokenQueue`.
         max_waiting_tokens: see `TokenQueue`.
+        max_rows: see `plan_batches`.
     """
 
     def __init__(
@@ -161,11 +174,12 @@ class AsyncBatcher:
         dimension: int,
         batch_tokens: int,
         max_waiting_tokens: int,
+        max_rows: Callable[[int], int] | None = None,
     ) -> None:
         self._run = run
         self._run_one = run_one
         self._dimension = dimension
-        self._queue = TokenQueue(batch_tokens=batch_tokens, max_waiting_tokens=max_waiting_tokens)
+        self._queue = TokenQueue(batch_tokens=batch_tokens, max_waiting_tokens=max_waiting_tokens, max_rows=max_rows)
         self._lock = threading.Lock()  # of the queue and the two flags; never held while the engine runs
         self._working = False
         self._closed = False
@@ -178,9 +192,13 @@ class AsyncBatcher:
         return self._queue.waiting_tokens
 
     async def embed(
-        self, tokenize: Callable[[], list[TokenizedText]], *, timeout: float | None = None
-    ) -> NDArray[np.float32]:
-        """Embed what `tokenize` returns: [n, dimension]. For errors see `Embedder.aembed`."""
+        self,
+        tokenize: Callable[[], list[TokenizedText]],
+        *,
+        finish: Callable[[NDArray[np.float32]], NDArray[Any]] = lambda vectors: vectors,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
+        """Embed what `tokenize` returns: what `finish` makes of [n, dimension]. For errors see `Embedder.aembed`."""
         end = None if timeout is None else time.monotonic() + timeout
 
         def tokenize_if_open() -> list[TokenizedText]:
@@ -193,8 +211,8 @@ class AsyncBatcher:
                 tokenizing = self._tokenizer_thread.submit(tokenize_if_open)
             tokens = await _until(end, tokenizing)
             if not tokens:
-                return np.empty((0, self._dimension), dtype=np.float32)
-            request = Request(tokens, self._dimension)
+                return finish(np.empty((0, self._dimension), dtype=np.float32))
+            request = Request(tokens, self._dimension, finish)
             self._admit(request)
             try:
                 return await _until(end, request.future)

@@ -5,6 +5,7 @@ does not list, that lies outside the directory, or whose hash differs. Hashes sh
 prove who wrote a bundle, for the manifest is not signed.
 """
 
+import json
 import mmap
 import re
 import reprlib
@@ -108,6 +109,29 @@ class Bundle:
                 f"data_file in {MANIFEST_NAME}: export the bundle again"
             )
         return path
+
+    def size_of(self, artifact: Artifact) -> int:
+        """Bytes of an artifact's ONNX file and weights, which were checked before (`onnx_path`)."""
+        return sum((self.root / name).stat().st_size for name in (artifact.file, artifact.data_file) if name)
+
+    def pad_id(self) -> int:
+        """`pad_token_id` of config.json; 0 where the bundle does not say.
+
+        Raises:
+            BundleError: config.json is not an object, or it says something that is no token id.
+        """
+        if "config.json" not in self.manifest.files:
+            return 0
+        path = self.path_of("config.json")
+        try:
+            pad_id = json.loads(path.read_text(encoding="utf-8")).get("pad_token_id")
+        except (ValueError, RecursionError, AttributeError) as error:  # not JSON, or not an object
+            raise BundleError("config.json is not a JSON object: export the bundle again") from error
+        if pad_id is None:
+            return 0
+        if not isinstance(pad_id, int) or isinstance(pad_id, bool) or pad_id < 0:
+            raise BundleError(f"config.json: pad_token_id must be a token id, not {pad_id!r}: export the bundle again")
+        return pad_id
 
 
 def _external_locations(path: Path) -> set[bytes]:

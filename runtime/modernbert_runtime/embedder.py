@@ -4,24 +4,28 @@ It joins bundle, tokenizer, batches and engine. Calls of `embed` keep no state a
 share batches (see `async_batcher`). It is not a server.
 """
 
-import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.async_batcher import AsyncBatcher
-from modernbert_runtime.batching import plan_batches
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
 from modernbert_runtime.engine import Engine
-from modernbert_runtime.errors import BundleError, EngineError, InputError
+from modernbert_runtime.engines import EngineName, open_engine
+from modernbert_runtime.errors import BundleError, InputError
+from modernbert_runtime.long_text import late_chunks, plain_chunks
 from modernbert_runtime.manifest import Manifest
-from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine
-from modernbert_runtime.tokenizer import TextTokenizer, TokenizedText, Truncation
+from modernbert_runtime.memory import MemoryBudget, in_gb, parse_bytes, resident_bytes
+from modernbert_runtime.outputs import OutputDtype, OutputFormat
+from modernbert_runtime.pipeline import Pipeline
+from modernbert_runtime.runner import BatchRunner
+from modernbert_runtime.stats import EmbedderStats
+from modernbert_runtime.tokenizer import TextTokenizer, TokenizedText, Truncation, check_texts
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Embedder:
         pad_id: token id that fills short rows; the attention mask hides it.
         batch_tokens: most tokens of one batch, padding included. A longer text still goes through, on its own.
         max_waiting_tokens: most tokens that wait in `aembed` for their batch; beyond, it raises Overloaded.
+        memory: what batches may take; None sets no limit.
     """
 
     def __init__(
@@ -47,22 +52,23 @@ class Embedder:
         pad_id: int = 0,
         batch_tokens: int = 8192,
         max_waiting_tokens: int = 262_144,
+        memory: MemoryBudget | None = None,
     ) -> None:
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
         if max_waiting_tokens < 1:
             raise InputError(f"max_waiting_tokens must be at least 1, not {max_waiting_tokens}")
-        self._engine = engine
         self._tokenizer = tokenizer
         self._manifest = manifest
-        self._pad_id = pad_id
-        self._batch_tokens = batch_tokens
+        self._runner = BatchRunner(
+            engine, dimension=manifest.dimension, pad_id=pad_id, batch_tokens=batch_tokens, memory=memory
+        )
+        self._pipeline = Pipeline(tokenizer, self._runner)
         self._batcher = AsyncBatcher(
-            self._compute,
-            lambda text, index: self._run([text], [index])[0],
+            self._runner.vectors,
+            lambda text, index: self._runner.finite_vectors([text], [index])[0],
             dimension=manifest.dimension,
             batch_tokens=batch_tokens,
             max_waiting_tokens=max_waiting_tokens,
+            max_rows=memory.max_rows if memory is not None else None,
         )
 
     @classmethod
@@ -70,25 +76,37 @@ class Embedder:
         cls,
         path: str | Path,
         *,
-        engine: Literal["onnxruntime"] = "onnxruntime",
+        engine: EngineName = "auto",
         precision: str | None = None,
+        providers: Sequence[str] | None = None,
         threads: int | None = None,
         truncation: Truncation = "right",
         batch_tokens: int = 8192,
+        max_memory: int | str | None = None,
         max_waiting_tokens: int = 262_144,
+        engine_options: Mapping[str, str] | None = None,
         verify_hashes: bool = True,
     ) -> "Embedder":
         """Load a bundle.
 
         Args:
             path: directory that `modernbert export` wrote.
-            engine: what computes.
-            precision: such as "fp32"; None takes the one that the bundle lists first.
-            threads: threads within one operator; None leaves it to the engine.
+            engine: what computes; "auto" takes openvino where it is installed and the bundle has an artifact for it,
+                else onnxruntime. The log says which and why.
+            precision: such as "fp32"; None takes the one that the bundle lists first. "bf16" computes the fp32
+                artifact in bfloat16, with openvino.
+            providers: ONNX Runtime execution providers, the preferred one first, such as ["CUDAExecutionProvider"];
+                None is the CPU.
+            threads: threads within one operator; None leaves it to the engine, within a container's CPU limit.
             truncation: what happens to texts above `max_length`: "right" drops the end, "left" the start, "error"
                 raises TextTooLong.
             batch_tokens: most tokens of one batch, padding included.
+            max_memory: most that this process may hold while a batch runs, in bytes or as "2GB": batches are cut to
+                keep to it, one runs at a time, and a text that alone would exceed it is refused. What is resident
+                after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
+                the CPU keeps to it.
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
+            engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`.
             verify_hashes: compare the files with the manifest first, which reads them once more.
 
         Raises:
@@ -96,8 +114,9 @@ class Embedder:
             BundleError: the directory is no whole, unaltered embedding bundle, or lacks this precision.
             EngineError: the engine is not installed or cannot load the model.
         """
-        if engine != "onnxruntime":
-            raise InputError(f"engine must be onnxruntime, not {engine!r}")
+        limit = parse_bytes("max_memory", max_memory) if max_memory is not None else None
+        if limit is not None and providers is not None:
+            raise InputError("max_memory counts memory of the CPU and providers compute elsewhere: lower batch_tokens")
         bundle = Bundle.open(path, verify_hashes=verify_hashes)
         manifest = bundle.manifest
         if manifest.task != "embedding":
@@ -105,33 +124,50 @@ class Embedder:
         tokenizer = TextTokenizer(
             bundle.path_of("tokenizer.json"), max_length=manifest.max_length, truncation=truncation
         )
-        pad_id = _pad_id(bundle)
-        artifact = bundle.artifact(target="portable", precision=precision)
-        runner = OnnxRuntimeEngine(bundle.onnx_path(artifact), output="sentence_embedding", threads=threads)
+        before = resident_bytes() if limit is not None else 0
+        opened = open_engine(
+            bundle,
+            output="sentence_embedding",
+            engine=engine,
+            precision=precision,
+            providers=providers,
+            threads=threads,
+            bounded_memory=limit is not None,
+            options=engine_options,
+        )
+        artifact = opened.artifact
+        memory = None
+        if limit is not None:
+            # Pages of weights that nothing has touched yet are not resident, and will be.
+            loaded = before + bundle.size_of(artifact)
+            memory = MemoryBudget.of(artifact.activation_bytes, limit=limit, resident=max(resident_bytes(), loaded))
         embedder = cls(
-            runner,
+            opened.engine,
             tokenizer,
             manifest,
-            pad_id=pad_id,
+            pad_id=bundle.pad_id(),
             batch_tokens=batch_tokens,
             max_waiting_tokens=max_waiting_tokens,
+            memory=memory,
         )
         logger.info(
-            "loaded %s: %s, %s, target %s, precision %s, dimension %d, max_length %d, truncation %s",
+            "loaded %s: %s (%s), %s, target %s, precision %s, dimension %d, max_length %d, truncation %s%s",
             bundle.root,
-            runner.name,
+            opened.engine.name,
+            opened.reason,
             artifact.file,
             artifact.target,
-            artifact.precision,
+            opened.compute,
             manifest.dimension,
             manifest.max_length,
             truncation,
+            f", {in_gb(memory.room)} for a batch, texts of up to {memory.max_length} tokens" if memory else "",
         )
         return embedder
 
     @property
     def dimension(self) -> int:
-        """Length of one embedding."""
+        """Length of one embedding, before `dimensions` cuts it."""
         return self._manifest.dimension
 
     @property
@@ -139,32 +175,62 @@ class Embedder:
         """Most tokens of one text, special tokens and prompt included."""
         return self._manifest.max_length
 
+    def stats(self) -> EmbedderStats:
+        """What this embedder has done since it was loaded: texts, tokens, padding, batches, speed."""
+        return self._runner.counters.snapshot(waiting_tokens=self._batcher.waiting_tokens)
+
     def embed(
-        self, texts: Sequence[str], *, prompt_name: str | None = None, progress: bool = False
-    ) -> NDArray[np.float32]:
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> NDArray[Any]:
         """Embed texts.
 
         A text's vector does not depend on the others beyond rounding. Truncation is logged once per call; to see it
-        per text, call `tokenize` and then `embed_tokens`.
+        per text, call `tokenize` and then `embed_tokens`. Long lists are tokenized while the engine runs; where a text
+        can be refused for its length (truncation "error", max_memory), all are tokenized before the first one runs.
 
         Args:
             texts: a list of str; "" is a valid text.
             prompt_name: put this prompt of the manifest before every text.
+            dimensions: keep that many values of each vector (of models trained for it, Matryoshka), at unit length
+                again if the whole vector has it; None keeps all.
+            output_dtype: "float32"; "float16"; "int8", in 256 steps over the range that the manifest has for each
+                dimension; "binary", a bit per value in uint8, set where it is positive. The last two are
+                sentence-transformers' "int8" and "ubinary".
+            normalize: True scales vectors to unit length; False refuses a bundle that does; None is as the bundle.
             progress: show a progress bar on stderr.
 
         Returns:
-            [len(texts), dimension], in the order given.
+            [len(texts), dimensions] in this format, in the order given; for "binary" [len(texts), dimensions / 8]
+            rounded up.
 
         Raises:
-            InputError: bad texts (the message names the first bad item) or an unknown prompt.
-            TextTooLong: a text exceeds max_length and truncation is "error".
+            InputError: bad texts (the message names the first bad item), an unknown prompt, or a format that this
+                bundle cannot give.
+            TextTooLong: a text exceeds max_length and truncation is "error", or it would exceed max_memory.
             EngineError: the engine failed or returned values that are not finite.
         """
-        return self.embed_tokens(self._tokenize_and_report(texts, prompt_name), progress=progress)
+        output = self._output(dimensions, output_dtype, normalize)
+        prefix = self._prompt(prompt_name)
+        check_texts(texts)
+        return self._pipeline.embed(texts, prefix, output, progress=progress)
 
     async def aembed(
-        self, texts: Sequence[str], *, prompt_name: str | None = None, timeout: float | None = None
-    ) -> NDArray[np.float32]:
+        self,
+        texts: Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
         """As `embed`, without blocking the event loop, and in batches that concurrent callers share.
 
         May be called from any number of tasks, event loops and threads. Short requests go first, but each lets only a
@@ -174,11 +240,11 @@ class Embedder:
 
         Args:
             texts: a list of str, not to be changed meanwhile; "" is a valid text.
-            prompt_name: put this prompt of the manifest before every text.
+            prompt_name, dimensions, output_dtype, normalize: as for `embed`.
             timeout: seconds from the call to the result; None waits as long as it takes.
 
         Returns:
-            [len(texts), dimension], in the order given.
+            As `embed`.
 
         Raises:
             InputError, TextTooLong: as for `embed`.
@@ -186,49 +252,193 @@ class Embedder:
             DeadlineExceeded (also a TimeoutError): the timeout passed.
             EngineError: the engine failed on one of these texts, or the embedder was closed.
         """
-        return await self._batcher.embed(lambda: self._tokenize_and_report(texts, prompt_name), timeout=timeout)
+        output = self._output(dimensions, output_dtype, normalize)
+        prefix = self._prompt(prompt_name)
 
-    def embed_queries(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
+        def tokenize() -> list[TokenizedText]:
+            tokens = self._tokenizer.encode(texts, prefix=prefix)
+            self._pipeline.report_truncation([text.num_dropped for text in tokens])
+            self._runner.check_room(tokens)
+            return tokens
+
+        return await self._batcher.embed(tokenize, finish=output.convert, timeout=timeout)
+
+    def embed_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> NDArray[Any]:
         """As `embed`, with the manifest's prompt "query" if it has one."""
-        return self.embed(texts, prompt_name=self._prompt_if_any("query"), progress=progress)
+        return self.embed(
+            texts,
+            prompt_name=self._prompt_if_any("query"),
+            dimensions=dimensions,
+            output_dtype=output_dtype,
+            normalize=normalize,
+            progress=progress,
+        )
 
-    def embed_documents(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
+    def embed_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> NDArray[Any]:
         """As `embed`, with the manifest's prompt "document" if it has one."""
-        return self.embed(texts, prompt_name=self._prompt_if_any("document"), progress=progress)
+        return self.embed(
+            texts,
+            prompt_name=self._prompt_if_any("document"),
+            dimensions=dimensions,
+            output_dtype=output_dtype,
+            normalize=normalize,
+            progress=progress,
+        )
+
+    async def aembed_queries(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
+        """As `aembed`, with the manifest's prompt "query" if it has one."""
+        return await self.aembed(
+            texts,
+            prompt_name=self._prompt_if_any("query"),
+            dimensions=dimensions,
+            output_dtype=output_dtype,
+            normalize=normalize,
+            timeout=timeout,
+        )
+
+    async def aembed_documents(
+        self,
+        texts: Sequence[str],
+        *,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        timeout: float | None = None,
+    ) -> NDArray[Any]:
+        """As `aembed`, with the manifest's prompt "document" if it has one."""
+        return await self.aembed(
+            texts,
+            prompt_name=self._prompt_if_any("document"),
+            dimensions=dimensions,
+            output_dtype=output_dtype,
+            normalize=normalize,
+            timeout=timeout,
+        )
 
     def tokenize(self, texts: Sequence[str], *, prompt_name: str | None = None) -> list[TokenizedText]:
         """The token ids of each text as the model will see them, and how many tokens truncation dropped.
 
         Raises:
-            InputError, TextTooLong: as for `embed`.
+            InputError: as for `embed`.
+            TextTooLong: a text exceeds max_length and truncation is "error".
         """
-        prompts = self._manifest.prompts
-        if prompt_name is not None and prompt_name not in prompts:
-            raise InputError(
-                f"prompt_name must be one of {', '.join(prompts) or '(this bundle has none)'}, not {prompt_name!r}: "
-                "or put the prompt into the texts"
-            )
-        return self._tokenizer.encode(texts, prefix=prompts[prompt_name] if prompt_name is not None else "")
+        return self._tokenizer.encode(texts, prefix=self._prompt(prompt_name))
 
-    def embed_tokens(self, tokens: Sequence[TokenizedText], *, progress: bool = False) -> NDArray[np.float32]:
-        """Embed what `tokenize` of this same embedder returned.
+    def embed_tokens(
+        self,
+        tokens: Sequence[TokenizedText],
+        *,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> NDArray[Any]:
+        """Embed what `tokenize` of this same embedder returned; arguments, result and errors as `embed`."""
+        output = self._output(dimensions, output_dtype, normalize)
+        return self._pipeline.embed_tokens(tokens, output, progress=progress)
 
-        Returns:
-            [len(tokens), dimension], in the order given.
+    def embed_token_vectors(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, progress: bool = False
+    ) -> list[TokenVectors]:
+        """A vector for each token of each text: the model's last hidden state, neither pooled nor normalised.
+
+        Takes 4 * dimension bytes per token: 25 MB for 8,192 tokens of 768.
+
+        Args:
+            texts, prompt_name, progress: as for `embed`.
 
         Raises:
-            EngineError: as for `embed`.
+            As `embed`.
         """
-        vectors = np.empty((len(tokens), self.dimension), dtype=np.float32)
-        batches: Iterable[NDArray[np.intp]] = plan_batches([len(t.input_ids) for t in tokens], self._batch_tokens)
-        if progress:
-            from rich.console import Console
-            from rich.progress import track
+        spanned = self._tokenizer.encode_with_spans(texts, prefix=self._prompt(prompt_name))
+        self._pipeline.report_truncation([item.tokens.num_dropped for item in spanned])
+        vectors = dict(self._pipeline.token_vectors(spanned, progress=progress))
+        return [vectors[index] for index in range(len(texts))]
 
-            batches = track(batches, "embedding", console=Console(stderr=True))
-        for batch in batches:
-            vectors[batch] = self._run([tokens[index] for index in batch], batch)
-        return vectors
+    def embed_chunks(
+        self,
+        texts: Sequence[str],
+        *,
+        size: int = 256,
+        overlap: int = 32,
+        spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+        late: bool = False,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        output_dtype: OutputDtype = "float32",
+        normalize: bool | None = None,
+        progress: bool = False,
+    ) -> list[TextChunks]:
+        """Embed texts, of any length, in chunks: a vector for each chunk, and which characters it stands for.
+
+        Plain chunks are embedded one by one: chunk i has exactly the vector of `embed([text[start:end]])`. Late ones
+        (arXiv:2409.04701) are cut after the model has read the whole text, up to max_length under the truncation
+        policy: each vector is the mean over the chunk's tokens, which have seen what stands around the chunk.
+
+        Args:
+            texts: as for `embed`; "" has no chunks.
+            size: most tokens of a chunk, the prompt and special tokens not counted. Words stay whole if they fit.
+            overlap: tokens that neighbouring chunks share at least; 0 cuts without overlap.
+            spans: chunks of your own instead, such as sentences: for each text a list of (start, end) in characters.
+            late: late chunking; only for bundles with pooling mean.
+            prompt_name, dimensions, output_dtype, normalize, progress: as for `embed`.
+
+        Returns:
+            One `TextChunks` per text.
+
+        Raises:
+            As `embed`; also InputError: size or overlap out of range, spans that leave their text, or a span
+            without tokens (late).
+        """
+        output = self._output(dimensions, output_dtype, normalize)
+        prefix = self._prompt(prompt_name)
+        check_texts(texts)
+        check_windows(size, overlap)
+        given = check_spans(spans, texts) if spans is not None else None
+        if not late:
+            return plain_chunks(
+                self._pipeline, texts, prefix, given, output, size=size, overlap=overlap, progress=progress
+            )
+        if self._manifest.pooling != "mean":
+            raise InputError(
+                f"late=True needs a bundle with pooling mean, not {self._manifest.pooling}: its vectors are no means "
+                "over tokens; use late=False"
+            )
+        return late_chunks(
+            self._pipeline,
+            texts,
+            prefix,
+            given,
+            output,
+            size=size,
+            overlap=overlap,
+            normalized=self._manifest.normalize,
+            progress=progress,
+        )
 
     def close(self) -> None:
         """Close the engine; later calls raise EngineError, and so do calls of `aembed` that have texts waiting.
@@ -236,7 +446,7 @@ class Embedder:
         Waits for a batch of `aembed` that is running; in an event loop use `aclose`.
         """
         self._batcher.close()
-        self._engine.close()
+        self._runner.engine.close()
 
     async def aclose(self) -> None:
         """As `close`, without blocking the event loop; for `contextlib.aclosing`."""
@@ -252,62 +462,19 @@ class Embedder:
     ) -> None:
         self.close()
 
-    def _tokenize_and_report(self, texts: Sequence[str], prompt_name: str | None) -> list[TokenizedText]:
-        tokens = self.tokenize(texts, prompt_name=prompt_name)
-        cut = [index for index, item in enumerate(tokens) if item.num_dropped]
-        if cut:
-            logger.warning(
-                "truncated %d of %d texts to max_length %d; the first is texts[%d], %d tokens dropped",
-                len(cut),
-                len(tokens),
-                self.max_length,
-                cut[0],
-                tokens[cut[0]].num_dropped,
+    def _output(self, dimensions: int | None, output_dtype: OutputDtype, normalize: bool | None) -> OutputFormat:
+        return OutputFormat.of(self._manifest, dimensions=dimensions, output_dtype=output_dtype, normalize=normalize)
+
+    def _prompt(self, name: str | None) -> str:
+        prompts = self._manifest.prompts
+        if name is None:
+            return ""
+        if name not in prompts:
+            raise InputError(
+                f"prompt_name must be one of {', '.join(prompts) or '(this bundle has none)'}, not {name!r}: "
+                "or put the prompt into the texts"
             )
-        return tokens
+        return prompts[name]
 
     def _prompt_if_any(self, name: str) -> str | None:
         return name if name in self._manifest.prompts else None
-
-    def _run(self, tokens: Sequence[TokenizedText], indices: Sequence[int] | NDArray[np.intp]) -> NDArray[Any]:
-        """One batch, as `_compute`, checked; `indices` are what errors call its texts."""
-        vectors = self._compute(tokens)
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            raise EngineError(
-                f"{self._engine.name} returned NaN or infinity for texts[{np.asarray(indices)[~finite].min()}]: "
-                "run `modernbert verify` on the bundle, or choose another precision"
-            )
-        return vectors
-
-    def _compute(self, tokens: Sequence[TokenizedText]) -> NDArray[Any]:
-        """One batch: [len(tokens), dimension] in the engine's precision, perhaps with NaN."""
-        length = max(len(text.input_ids) for text in tokens)
-        input_ids = np.full((len(tokens), length), self._pad_id, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        for row, text in enumerate(tokens):
-            input_ids[row, : len(text.input_ids)] = text.input_ids
-            attention_mask[row, : len(text.input_ids)] = 1
-        vectors = self._engine.run(input_ids, attention_mask)
-        if vectors.shape != (len(tokens), self.dimension):
-            raise EngineError(
-                f"{self._engine.name} returned shape {vectors.shape}, the manifest promises "
-                f"{(len(tokens), self.dimension)}: export the bundle again"
-            )
-        return vectors
-
-
-def _pad_id(bundle: Bundle) -> int:
-    """`pad_token_id` of config.json; 0 where the bundle does not say."""
-    if "config.json" not in bundle.manifest.files:
-        return 0
-    path = bundle.path_of("config.json")
-    try:
-        pad_id = json.loads(path.read_text(encoding="utf-8")).get("pad_token_id")
-    except (ValueError, RecursionError, AttributeError) as error:  # not JSON, or not an object
-        raise BundleError("config.json is not a JSON object: export the bundle again") from error
-    if pad_id is None:
-        return 0
-    if not isinstance(pad_id, int) or isinstance(pad_id, bool) or pad_id < 0:
-        raise BundleError(f"config.json: pad_token_id must be a token id, not {pad_id!r}: export the bundle again")
-    return pad_id

@@ -2,7 +2,7 @@
 
     ModernBertRuntimeError
     ├── InputError (also a ValueError)   a text, a list of texts or an argument is not acceptable
-    │   └── TextTooLong                  a text exceeds max_length and the policy is truncation="error"
+    │   └── TextTooLong                  a text exceeds max_length under truncation="error", or max_memory
     ├── BundleError                      the directory is not a whole, known and unaltered bundle
     ├── EngineError                      the engine is missing, cannot load the model, or computed nonsense
     ├── Overloaded                       more texts wait for the engine than max_waiting_tokens allows
@@ -21,7 +21,7 @@ class InputError(ModernBertRuntimeError, ValueError):
 
 
 class TextTooLong(InputError):  # noqa: N818 - reads as what happened
-    """A text has more tokens than `max_length`, and the truncation policy is "error"."""
+    """A text has more tokens than `max_length` under truncation="error", or than `max_memory` has room for."""
 
 
 class BundleError(ModernBertRuntimeError):

@@ -1,10 +1,10 @@
 """The ONNX Runtime engine. Imports onnxruntime when one is made, not before.
 
-The CPU provider is the default; others are passed by name and must exist: ONNX Runtime would otherwise fall back to
+The CPU provider is the default; others are passed by name and must come up: ONNX Runtime would otherwise fall back to
 the CPU without a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
+from modernbert_runtime.machine import return_free_memory, usable_threads
+from modernbert_runtime.spikes import Spikes
 
-# Tokens of one text from which on a run takes seconds, so that getting its memory anew costs nothing.
-LONG_LENGTH = 2048
+CPU = "CPUExecutionProvider"
+# Where each provider wants inputs to lie. Others get NumPy arrays and copy for themselves.
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 
 class OnnxRuntimeEngine:
-    """Runs one output of an ONNX model with the inputs `input_ids` and `attention_mask`.
+    """Runs an ONNX model with the inputs `input_ids` and `attention_mask`.
 
     Args:
         path: the .onnx file; external weights lie beside it.
-        output: name of the output that `run` returns.
+        output: name of the output that `run` returns unless asked for another.
         providers: ONNX Runtime execution providers, the preferred one first.
-        threads: threads within one operator; None leaves it to ONNX Runtime (one per physical core).
+        threads: threads within one operator; None leaves it to ONNX Runtime (one per physical core), except that a
+            container's CPU limit is kept.
+        keep_little_memory: hand back what a batch took after it, unless it was small; see `Spikes`.
+        options: session options of ONNX Runtime by their names, such as {"session.intra_op.allow_spinning": "0"} (idle
+            threads sleep: less CPU, later start), {"session.intra_op_thread_affinities": "1-8;..."} (cores of one
+            NUMA node), or {"enable_cpu_mem_arena": "0"} (every run gets its memory anew: least memory, slower).
 
     Raises:
-        InputError: threads below 1.
+        InputError: threads below 1, or an option that ONNX Runtime does not know.
         EngineError: onnxruntime or a provider is not installed, or the file is not a model of this signature.
     """
 
@@ -36,8 +44,10 @@ class OnnxRuntimeEngine:
         path: str | Path,
         *,
         output: str,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Sequence[str] = (CPU,),
         threads: int | None = None,
+        keep_little_memory: bool = False,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}: pass None to let ONNX Runtime choose")
@@ -47,51 +57,94 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f'onnxruntime cannot be imported ({one_line(error)}): pip install "modernbert-deploy[cpu]"'
             ) from error
+        if isinstance(providers, str) or not providers:
+            raise InputError(f"providers must be a list of names, such as [{CPU!r}], not {providers!r}")
         if missing := set(providers) - set(ort.get_available_providers()):
             raise EngineError(
                 f"providers: this onnxruntime has no {', '.join(sorted(missing))}, only "
                 f"{', '.join(ort.get_available_providers())}: choose one of these, or install onnxruntime-gpu"
             )
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # errors come as exceptions, and once is enough
-        options.intra_op_num_threads = threads or 0
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 4  # errors come as exceptions, and once is enough
+        settings.intra_op_num_threads = threads or usable_threads() or 0
+        for name, value in (options or {}).items():
+            _set_option(settings, name, value)
         try:
-            session = ort.InferenceSession(str(path), options, providers=list(providers))
+            session = ort.InferenceSession(str(path), settings, providers=list(providers))
         except Exception as error:  # onnxruntime has an exception type per status code, without a common base
             raise EngineError(
                 f"onnxruntime cannot load {Path(path).name!r} ({one_line(error)}): export the bundle again"
             ) from error
+        if absent := [name for name in providers if name not in session.get_providers()]:
+            raise EngineError(
+                f"providers: {', '.join(absent)} did not start: check the driver and its libraries, or use {CPU}"
+            )
         inputs = {value.name for value in session.get_inputs()}
-        outputs = [value.name for value in session.get_outputs()]
-        if inputs != {"input_ids", "attention_mask"} or output not in outputs:
+        self._outputs = [value.name for value in session.get_outputs()]
+        if inputs != {"input_ids", "attention_mask"} or output not in self._outputs:
             raise EngineError(
                 f"{Path(path).name!r} must take input_ids and attention_mask and give {output}, not take "
-                f"{', '.join(sorted(inputs))} and give {', '.join(outputs)}: export it again for this task"
+                f"{', '.join(sorted(inputs))} and give {', '.join(self._outputs)}: export it again for this task"
             )
         self._session: Any = session
-        # The arena reuses memory within a run, but it keeps what it took: long runs hand it back.
+        self._device = _DEVICES.get(providers[0])
+        # The arena reuses memory from run to run, and keeps all that it ever took unless told to let go.
         self._shrink = ort.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if settings.enable_cpu_mem_arena:
+            self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._spikes = Spikes(keep_little=keep_little_memory)
         self._output = output
         self.name = f"onnxruntime ({', '.join(session.get_providers())})"
 
-    def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[Any]:
+    def run(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None
+    ) -> NDArray[Any]:
         """See `Engine.run`."""
         session = self._session
         if session is None:
             raise EngineError("the engine is closed: load the bundle again")
+        if output is not None and output not in self._outputs:
+            raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
+        feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         try:
-            feed = {"input_ids": input_ids, "attention_mask": attention_mask}
-            options = self._shrink if input_ids.shape[1] >= LONG_LENGTH else None
-            (result,) = session.run([self._output], feed, options)
+            let_go = self._spikes.passed_with(*input_ids.shape)
+            result = np.asarray(self._compute(session, feed, output or self._output, self._shrink if let_go else None))
+            if let_go:
+                return_free_memory()
+            return result
         except Exception as error:  # as above
             rows, length = input_ids.shape
             raise EngineError(
                 f"onnxruntime failed on a batch of {rows} x {length} tokens ({one_line(error)})"
             ) from error
-        return np.asarray(result)
 
     def close(self) -> None:
         """Drop the session; runs under way finish."""
         self._session = None
+
+    def _compute(self, session: Any, feed: dict[str, NDArray[np.int64]], output: str, options: Any) -> Any:
+        if self._device is None:
+            return session.run([output], feed, options)[0]
+        # Bound, the inputs are copied once and only this output comes back.
+        import onnxruntime as ort
+
+        binding = session.io_binding()
+        for name, array in feed.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, self._device, 0))
+        binding.bind_output(output, self._device)
+        session.run_with_iobinding(binding, options)
+        return binding.copy_outputs_to_cpu()[0]
+
+
+def _set_option(settings: Any, name: str, value: str) -> None:
+    if not isinstance(name, str) or not isinstance(value, str):
+        raise InputError(f"engine_options must map str to str, not {name!r} to {value!r}")
+    if name == "enable_cpu_mem_arena":
+        if value not in ("0", "1"):
+            raise InputError(f"engine_options: enable_cpu_mem_arena must be '0' or '1', not {value!r}")
+        settings.enable_cpu_mem_arena = value == "1"
+    elif name.startswith("session."):
+        settings.add_session_config_entry(name, value)
+    else:
+        raise InputError(f"engine_options: {name!r} is neither enable_cpu_mem_arena nor of the form session.*")

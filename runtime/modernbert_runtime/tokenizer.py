@@ -6,6 +6,7 @@ truncation and padding tokenizer.json brought along, and reports per text how mu
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,8 +18,10 @@ from modernbert_runtime.errors import BundleError, InputError, TextTooLong, one_
 
 Truncation = Literal["error", "right", "left"]
 
-# An Encoding weighs some hundred bytes per token, its ids four: convert in groups. Enough texts to keep all cores busy.
-_GROUP = 256
+# An Encoding weighs some hundred bytes per token, its ids four: convert in groups, of enough texts to keep all cores
+# busy and few enough characters to stay small.
+_GROUP_TEXTS = 256
+_GROUP_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +35,22 @@ class TokenizedText:
 
     input_ids: NDArray[np.int32]
     num_dropped: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpannedText:
+    """One text, and where its tokens come from.
+
+    Args:
+        tokens: ready for a model.
+        spans: int64 [tokens, 2], first character and the one after the last; -1, -1 for tokens that are not from the
+            text: special ones and those of a prompt.
+        starts_word: bool [tokens], whether a word of the tokenizer begins here; also true of tokens not from the text.
+    """
+
+    tokens: TokenizedText
+    spans: NDArray[np.int64]
+    starts_word: NDArray[np.bool_]
 
 
 class TextTokenizer:
@@ -58,6 +77,7 @@ class TextTokenizer:
                 f"{Path(path).name} is not a tokenizer ({one_line(error)}): export the bundle again"
             ) from error
         self.max_length = max_length
+        self.truncation = truncation
         self._num_special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= self._num_special:  # the library would silently not truncate
             raise BundleError(
@@ -77,24 +97,76 @@ class TextTokenizer:
             TextTooLong: under the policy "error".
         """
         check_texts(texts)
-        return list(self._encode(texts, prefix))
+        return self.encode_checked(texts, prefix=prefix)
 
-    def _encode(self, texts: Sequence[str], prefix: str) -> Iterator[TokenizedText]:
-        for start in range(0, len(texts), _GROUP):
-            group = [prefix + text for text in texts[start : start + _GROUP]]
-            for index, encoding in enumerate(self._tokenizer.encode_batch_fast(group), start):
-                yield self._convert(encoding, index)
+    def encode_checked(self, texts: Sequence[str], *, prefix: str = "", first: int = 0) -> list[TokenizedText]:
+        """As `encode`, of texts that passed `check_texts`; `first` is what errors call the first of them."""
+        tokens = []
+        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+            encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
+            tokens += [self._convert(encoding, index) for index, encoding in enumerate(encodings, first + group.start)]
+        return tokens
 
-    def _convert(self, encoding: Encoding, index: int) -> TokenizedText:
+    def encode_with_spans(self, texts: Sequence[str], *, prefix: str = "", whole: bool = False) -> list[SpannedText]:
+        """As `encode`, and where in its text each token comes from.
+
+        Args:
+            texts: as for `encode`.
+            prefix: as for `encode`; no span lies in it.
+            whole: take every text as it is, of any length, instead of truncating it.
+
+        Raises:
+            InputError, TextTooLong: as for `encode`; with `whole` no text is too long.
+        """
+        check_texts(texts)
+        tokenizer = self._whole if whole else self._tokenizer
+        spanned = []
+        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+            encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
+            for index, encoding in enumerate(encodings, group.start):
+                tokens = self._convert(encoding, index, limited=not whole)
+                spanned.append(SpannedText(tokens, *_spans(encoding, len(prefix))))
+        return spanned
+
+    @cached_property
+    def _whole(self) -> Tokenizer:
+        """The same tokenizer without truncation: a setting, so not one to change while another thread tokenizes."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def _convert(self, encoding: Encoding, index: int, *, limited: bool = True) -> TokenizedText:
         input_ids = np.array(encoding.ids, dtype=np.int32)
         if len(input_ids) == 0:
             raise InputError(f"texts[{index}] has no tokens at all: drop it, or use a tokenizer with special tokens")
-        if len(input_ids) > self.max_length:
+        if limited and len(input_ids) > self.max_length:
             raise TextTooLong(
                 f"texts[{index}] has {len(input_ids)} tokens, max_length is {self.max_length}: "
                 'split it, or load with truncation="right"'
             )
         return TokenizedText(input_ids, sum(len(part) - self._num_special for part in encoding.overflowing))
+
+
+def slices(texts: Sequence[str], *, max_texts: int, max_characters: int) -> Iterator[slice]:
+    """Cuts a list of texts into runs of at most so many texts and characters; a longer text is a run of its own."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        if index > start and (index - start == max_texts or characters + len(text) > max_characters):
+            yield slice(start, index)
+            start, characters = index, 0
+        characters += len(text)
+    if start < len(texts):
+        yield slice(start, len(texts))
+
+
+def _spans(encoding: Encoding, prefix: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """`SpannedText.spans` and `.starts_word`, of a text after `prefix` characters of something else."""
+    spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prefix
+    spans = np.maximum(spans, 0)  # a token may begin in the prompt and end in the text
+    foreign = np.array(encoding.special_tokens_mask, dtype=bool) | (spans[:, 1] <= spans[:, 0])
+    spans[foreign] = -1
+    words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+    return spans, foreign | (words != np.concatenate([[-2], words[:-1]]))
 
 
 def check_texts(texts: Sequence[str]) -> None:

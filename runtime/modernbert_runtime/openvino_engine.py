@@ -1,0 +1,109 @@
+"""The OpenVINO engine. Imports openvino when one is made, not before.
+
+Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing: here the precision is always stated.
+"""
+
+import queue
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modernbert_runtime.errors import EngineError, InputError, one_line
+from modernbert_runtime.machine import return_free_memory, usable_threads
+from modernbert_runtime.spikes import Spikes
+
+
+class OpenVinoEngine:
+    """Runs an ONNX model with the inputs `input_ids` and `attention_mask` on the CPU.
+
+    Args:
+        path: the .onnx file; external weights lie beside it.
+        output: name of the output that `run` returns unless asked for another.
+        compute: number format of the arithmetic, whatever that of the file: "bf16" is faster on CPUs that have it,
+            and as exact as bfloat16 is.
+        threads: None leaves it to OpenVINO (all physical cores), except that a container's CPU limit is kept.
+        options: OpenVINO's properties by their names, such as {"NUM_STREAMS": "2"}, {"ENABLE_CPU_PINNING": "NO"} or
+            {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}.
+
+    Raises:
+        InputError: threads below 1.
+        EngineError: openvino is not installed, an option is unknown, or the file is not a model of this signature.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        output: str,
+        compute: Literal["fp32", "bf16"] = "fp32",
+        threads: int | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}: pass None to let OpenVINO choose")
+        try:
+            import openvino
+        except ImportError as error:
+            raise EngineError(
+                f'openvino cannot be imported ({one_line(error)}): pip install "modernbert-deploy[openvino]"'
+            ) from error
+        properties = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[compute],
+            "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on all cores: batches are planned here already
+            **dict(options or {}),
+        }
+        if count := threads or usable_threads():
+            properties["INFERENCE_NUM_THREADS"] = str(count)
+        try:
+            core = openvino.Core()
+            model = core.read_model(str(path))
+            self._compiled: Any = core.compile_model(model, "CPU", properties)
+        except Exception as error:  # openvino raises plain RuntimeError
+            raise EngineError(
+                f"openvino cannot load {Path(path).name!r} ({one_line(error)}): export the bundle again, or use "
+                "engine='onnxruntime'"
+            ) from error
+        inputs = {value.any_name for value in self._compiled.inputs}
+        self._outputs = {value.any_name: index for index, value in enumerate(self._compiled.outputs)}
+        if inputs != {"input_ids", "attention_mask"} or output not in self._outputs:
+            raise EngineError(
+                f"{Path(path).name!r} must take input_ids and attention_mask and give {output}, not take "
+                f"{', '.join(sorted(inputs))} and give {', '.join(self._outputs)}: export it again for this task"
+            )
+        self._output = output
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests; each serves one run at a time
+        self._spikes = Spikes()
+        self.name = f"openvino (CPU, {compute})"
+
+    def run(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None
+    ) -> NDArray[Any]:
+        """See `Engine.run`."""
+        compiled = self._compiled
+        if compiled is None:
+            raise EngineError("the engine is closed: load the bundle again")
+        if output is not None and output not in self._outputs:
+            raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
+        try:
+            try:
+                request = self._idle.get_nowait()
+            except queue.Empty:
+                request = compiled.create_infer_request()
+            request.infer({"input_ids": input_ids, "attention_mask": attention_mask})
+            result = np.array(request.get_output_tensor(self._outputs[output or self._output]).data)
+            self._idle.put(request)
+            if self._spikes.passed_with(*input_ids.shape):
+                compiled.release_memory()
+                return_free_memory()
+            return result
+        except Exception as error:  # as above
+            rows, length = input_ids.shape
+            raise EngineError(f"openvino failed on a batch of {rows} x {length} tokens ({one_line(error)})") from error
+
+    def close(self) -> None:
+        """Drop the model; runs under way finish."""
+        self._compiled = None
+        self._idle = queue.SimpleQueue()

@@ -1,0 +1,140 @@
+"""Token ids to the bundle's own vectors: plans, pads, runs, checks and counts. Knows no text and no output format.
+
+One runner serves every way into an `Embedder`, so all of them keep to one token budget and one memory limit.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modernbert_runtime.batching import plan_batches
+from modernbert_runtime.engine import Engine
+from modernbert_runtime.errors import EngineError, InputError, TextTooLong
+from modernbert_runtime.memory import MemoryBudget, in_gb
+from modernbert_runtime.stats import Counters
+from modernbert_runtime.tokenizer import TokenizedText
+
+
+class BatchRunner:
+    """Runs batches of tokenized texts on one engine. May be used from several threads.
+
+    Args:
+        engine: gives `sentence_embedding` [batch, dimension], and `last_hidden_state` if asked.
+        dimension: of one vector.
+        pad_id: token id that fills short rows; the attention mask hides it.
+        batch_tokens: most tokens of one batch, padding included; a longer text runs alone.
+        memory: what batches may take; None sets no limit. With a limit, one batch runs at a time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        dimension: int,
+        pad_id: int,
+        batch_tokens: int,
+        memory: MemoryBudget | None,
+    ) -> None:
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
+        self.engine = engine
+        self.pad_id = pad_id
+        self.batch_tokens = batch_tokens
+        self.memory = memory
+        self.counters = Counters()
+        self._dimension = dimension
+        self._turn: contextlib.AbstractContextManager[object] = (
+            threading.Lock() if memory is not None else contextlib.nullcontext()
+        )
+
+    def plan(self, tokens: Sequence[TokenizedText]) -> list[NDArray[np.intp]]:
+        """Which texts run together, as indices into `tokens`; see `plan_batches`."""
+        max_rows = self.memory.max_rows if self.memory is not None else None
+        return plan_batches([len(text.input_ids) for text in tokens], self.batch_tokens, max_rows=max_rows)
+
+    def check_room(self, tokens: Sequence[TokenizedText], first: int = 0) -> None:
+        """Refuse texts that could not run even alone; `first` is what errors call the first of them.
+
+        Raises:
+            TextTooLong: for one of them the memory limit has no room.
+        """
+        if self.memory is None:
+            return
+        for index, text in enumerate(tokens, first):
+            if len(text.input_ids) > self.memory.max_length:
+                raise TextTooLong(
+                    f"texts[{index}] has {len(text.input_ids)} tokens and would take about "
+                    f"{in_gb(self.memory.estimate(len(text.input_ids)))}; max_memory leaves "
+                    f"{in_gb(self.memory.room)}, enough for {self.memory.max_length} tokens: raise it, split the text, "
+                    "or use embed_chunks"
+                )
+
+    def vectors(self, tokens: Sequence[TokenizedText]) -> NDArray[Any]:
+        """One batch: [len(tokens), dimension] in the engine's precision, perhaps with NaN.
+
+        Raises:
+            EngineError: the engine failed, or returned another shape than the manifest promises.
+        """
+        vectors = self._run(tokens, None)
+        if vectors.shape != (len(tokens), self._dimension):
+            raise EngineError(
+                f"{self.engine.name} returned shape {vectors.shape}, the manifest promises "
+                f"{(len(tokens), self._dimension)}: export the bundle again"
+            )
+        return vectors
+
+    def finite_vectors(
+        self, tokens: Sequence[TokenizedText], indices: Sequence[int] | NDArray[np.intp]
+    ) -> NDArray[Any]:
+        """One batch, as `vectors`, without NaN; `indices` are what errors call its texts."""
+        vectors = self.vectors(tokens)
+        self._check_finite(np.isfinite(vectors).all(axis=1), indices)
+        return vectors
+
+    def hidden_states(
+        self, tokens: Sequence[TokenizedText], indices: Sequence[int] | NDArray[np.intp]
+    ) -> list[NDArray[np.float32]]:
+        """One batch: for each text the vectors of its tokens, float32 [its tokens, hidden size], without NaN.
+
+        Raises:
+            EngineError: as `vectors`, or the model has no output `last_hidden_state`.
+        """
+        padded = self._run(tokens, "last_hidden_state")
+        rows = [
+            np.array(row[: len(text.input_ids)], dtype=np.float32) for row, text in zip(padded, tokens, strict=True)
+        ]
+        self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
+        return rows
+
+    def _run(self, tokens: Sequence[TokenizedText], output: str | None) -> NDArray[Any]:
+        length = max(len(text.input_ids) for text in tokens)
+        input_ids = np.full((len(tokens), length), self.pad_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, text in enumerate(tokens):
+            input_ids[row, : len(text.input_ids)] = text.input_ids
+            attention_mask[row, : len(text.input_ids)] = 1
+        with self._turn:
+            start = time.perf_counter()
+            result = (
+                self.engine.run(input_ids, attention_mask)
+                if output is None
+                else self.engine.run(input_ids, attention_mask, output=output)
+            )
+            seconds = time.perf_counter() - start
+        used = int(attention_mask.sum())
+        self.counters.add_batch(
+            texts=len(tokens), tokens=used, padding_tokens=attention_mask.size - used, seconds=seconds
+        )
+        return result
+
+    def _check_finite(self, finite: NDArray[np.bool_], indices: Sequence[int] | NDArray[np.intp]) -> None:
+        if not finite.all():
+            raise EngineError(
+                f"{self.engine.name} returned NaN or infinity for texts[{np.asarray(indices)[~finite].min()}]: "
+                "run `modernbert verify` on the bundle, or choose another precision"
+            )
