@@ -32,6 +32,8 @@ def embed(
     ] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Prompt of the bundle, such as query.")] = None,
     truncation: Annotated[str, typer.Option(help="Texts that are too long: right, left or error.")] = "right",
+    engine: Annotated[str, typer.Option(help="What computes.")] = "onnxruntime",
+    precision: Annotated[str | None, typer.Option(help="Such as int8; default: the bundle's first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine; default: its own choice.")] = None,
     window_rows: Annotated[
         int, typer.Option(help="Most rows in memory at a time, and most that a kill can cost.")
@@ -49,7 +51,7 @@ def embed(
             field=field,
             keep=keep or (),
             prompt_name=prompt_name,
-            load={"truncation": truncation, "threads": threads},
+            load={"engine": engine, "precision": precision, "truncation": truncation, "threads": threads},
             window_rows=window_rows,
             ray_actors=ray,
             progress=tell,

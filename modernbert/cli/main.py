@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from modernbert.cli.bench import bench
 from modernbert.cli.embed import embed
 from modernbert.cli.export import export, verify
 from modernbert.cli.training import demo
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, export, verify, embed):
+for command in (demo, export, verify, embed, bench):
     app.command()(command)
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.

@@ -36,7 +36,7 @@ WINDOW_ROWS = 4096
 WINDOW_CHARACTERS = 1 << 18
 
 # Arguments of Embedder.load that change how fast vectors come, not what they are.
-_NOT_IN_VECTORS = {"threads", "providers", "batch_tokens", "max_memory", "max_waiting_tokens", "verify_hashes"}
+_NOT_IN_VECTORS = {"threads", "batch_tokens", "max_memory", "max_waiting_tokens", "verify_hashes"}
 
 JOURNAL_NAME = "journal.json"
 _JOURNAL_FORMAT = 1
@@ -131,6 +131,7 @@ def embed_file(
     keep: Sequence[str] = (),
     prompt_name: str | None = None,
     load: Mapping[str, Any] | None = None,
+    output: Mapping[str, Any] | None = None,
     window_rows: int = WINDOW_ROWS,
     ray_actors: int | None = None,
     progress: Callable[[BulkProgress], None] = lambda _: None,
@@ -145,6 +146,7 @@ def embed_file(
         keep: fields to write beside the vectors (from .jsonl, .csv and .parquet into .jsonl and .parquet).
         prompt_name: see `Embedder.embed`.
         load: arguments of `Embedder.load`.
+        output: arguments of `Embedder.embed` that shape the vectors.
         window_rows: most rows that are computed and noted at a time, and that a kill can cost.
         ray_actors: compute with this many Ray Data actors in place of this process; see `ray_pool`.
         progress: called after each window, and once before the first.
@@ -157,7 +159,7 @@ def embed_file(
         BundleError, TextTooLong, EngineError: as `Embedder.load` and `Embedder.embed`; rows are named, from 1.
     """
     source, out = None if source is None else Path(source), Path(out)
-    load = dict(load or {})
+    load, output = dict(load or {}), dict(output or {})
     if window_rows < 1:
         raise InputError(f"window_rows must be at least 1, not {window_rows}")
     if ray_actors is not None:
@@ -170,7 +172,7 @@ def embed_file(
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(open_rows(source, field=field, keep=keep))
         embedder = stack.enter_context(Embedder.load(bundle, **load))
-        empty = embedder.embed([], prompt_name=prompt_name)
+        empty = embedder.embed([], prompt_name=prompt_name, **output)
         job = {
             "bundle": sha256_file(Path(bundle) / MANIFEST_NAME),
             "field": field,
@@ -178,12 +180,13 @@ def embed_file(
             "prompt_name": prompt_name,
             "window_rows": window_rows,
             **{name: value for name, value in load.items() if name not in _NOT_IN_VECTORS},
+            **output,
         }
         unfinished = stack.enter_context(_Unfinished(directory, out, job))
         windows = cut_windows(rows, keep=keep, window_rows=window_rows)
         windows = unfinished.skip_done(windows)
         if ray_actors is None:
-            computed = _compute_here(embedder, windows, prompt_name)
+            computed = _compute_here(embedder, windows, prompt_name, output)
         else:
             from modernbert_runtime.ray_pool import RayJob
 
@@ -196,6 +199,7 @@ def embed_file(
                 window_rows=window_rows,
                 prompt_name=prompt_name,
                 load=load,
+                output=output,
             )
             computed = ray_job.compute(windows, actors=ray_actors, first_row=unfinished.journal.rows)
         stack.enter_context(contextlib.closing(computed))
@@ -278,10 +282,10 @@ def cut_windows(rows: Rows, *, keep: Sequence[str], window_rows: int) -> Iterato
         yield window()
 
 
-def compute(embedder: Embedder, window: Window, tokens: list[Any]) -> Computed:
-    """One window, of which `tokens` are what `tokenize` made."""
+def compute(embedder: Embedder, window: Window, tokens: list[Any], output: Mapping[str, Any]) -> Computed:
+    """One window, of which `tokens` are what `tokenize` made; for `output` see `embed_file`."""
     with naming_rows(window.first_row):
-        vectors = embedder.embed_tokens(tokens)
+        vectors = embedder.embed_tokens(tokens, **output)
     num_truncated = sum(text.num_dropped > 0 for text in tokens)
     return Computed(vectors, sum(len(text.input_ids) for text in tokens), num_truncated)
 
@@ -303,7 +307,7 @@ def naming_rows(first_row: int) -> Iterator[None]:
 
 
 def _compute_here(
-    embedder: Embedder, windows: Iterator[Window], prompt_name: str | None
+    embedder: Embedder, windows: Iterator[Window], prompt_name: str | None, output: Mapping[str, Any]
 ) -> Generator[tuple[Window, Computed]]:
     """Windows in order; the next one is tokenized while the engine works."""
     with ThreadPoolExecutor(1, "tokenize") as pool:
@@ -317,7 +321,7 @@ def _compute_here(
             window, tokens = ready
             tokens.result()  # a bad row of this window before one of the next
             ready = read()
-            yield window, compute(embedder, window, tokens.result())
+            yield window, compute(embedder, window, tokens.result(), output)
 
 
 class _Unfinished:

@@ -84,7 +84,8 @@ def _open(path: Path | None, name: str, field: str, keep: Sequence[str], stack: 
     if path.suffix == ".parquet":
         return _open_parquet(path, name, field, keep, stack)
     binary = stack.enter_context(path.open("rb"))
-    file = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None)
+    newline = "" if path.suffix == ".csv" else None
+    file = stack.enter_context(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline))
     if path.suffix == ".txt":
         rows = _lines(file, name)
     else:

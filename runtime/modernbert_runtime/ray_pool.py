@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from modernbert_runtime import errors
 from modernbert_runtime.bulk import Computed, Window, compute, cut_windows, tokenize
 from modernbert_runtime.embedder import Embedder
 from modernbert_runtime.errors import EngineError, InputError, ModernBertRuntimeError, one_line
@@ -50,6 +51,7 @@ class RayJob:
     window_rows: int
     prompt_name: str | None
     load: Mapping[str, Any]
+    output: Mapping[str, Any]
 
     @property
     def cpus(self) -> int:
@@ -69,10 +71,13 @@ class RayJob:
         own_cluster = not ray.is_initialized()
         if own_cluster:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
         # A cluster of many machines may grow; this one alone does not, and Ray would wait forever.
         have = int(ray.cluster_resources().get("CPU", 0))
         if len(ray.nodes()) == 1 and actors * self.cpus > have:
-            raise InputError(f"ray: {actors} actors of {self.cpus} CPUs each need more than the {have} that Ray has here")
+            raise InputError(
+                f"ray: {actors} actors of {self.cpus} CPUs each need more than the {have} that Ray has here"
+            )
         context = ray.data.DataContext.get_current()
         before = copy.deepcopy(context)
         try:
@@ -80,12 +85,15 @@ class RayJob:
             context.enable_progress_bars = False
             context.target_max_block_size = 1  # bytes: a block for each window, so that the pool shares them
             for window, result in zip(windows, self._results(actors, first_row), strict=True):
+                if result["error"]:
+                    raise getattr(errors, result["error"])(result["message"])
                 if result["digest"] != window.digest:
                     raise InputError(f"input {self.source!r} changed while it was read: start again")
                 vectors = np.frombuffer(result["vectors"], result["dtype"]).reshape(len(window.texts), -1)
                 yield window, Computed(vectors, result["num_tokens"], result["num_truncated"])
         except ray.exceptions.RayError as error:
-            raise _own_error(error) from error
+            message = f"ray failed ({one_line(error)}): see its logs, or embed without --ray"
+            raise EngineError(message) from error
         finally:
             ray.data.DataContext._set_current(before)
             if own_cluster:
@@ -94,14 +102,12 @@ class RayJob:
     def _results(self, actors: int, first_row: int) -> Iterator[dict[str, Any]]:
         import ray
         import ray.data
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         dataset = ray.data.read_datasource(
             _window_source(self, first_row),
             override_num_blocks=1,
             num_cpus=0,  # reading takes next to nothing, and must run where the actors have taken every core
-            ray_remote_args={"scheduling_strategy": here},
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
         ).map_batches(
             EmbedWindows,
             fn_constructor_args=(self,),
@@ -118,27 +124,26 @@ class EmbedWindows:
     """One actor of the pool: a table of windows in, a table of vectors out."""
 
     def __init__(self, job: RayJob) -> None:
-        self._prompt_name = job.prompt_name
+        self._job = job
         self._embedder = Embedder.load(job.bundle, **job.load)
 
     def __call__(self, table: Any) -> Any:
         """A row of `texts` becomes a row of `vectors`, as bytes of one array."""
         import pyarrow as pa
 
-        rows = []
-        for row in table.to_pylist():
-            window = Window(row["first_row"], row["texts"], {}, row["digest"], 0)
-            made = compute(self._embedder, window, tokenize(self._embedder, window, self._prompt_name))
-            rows.append(
-                {
-                    "digest": window.digest,
-                    "vectors": made.vectors.tobytes(),
-                    "dtype": made.vectors.dtype.str,
-                    "num_tokens": made.num_tokens,
-                    "num_truncated": made.num_truncated,
-                }
-            )
-        return pa.Table.from_pylist(rows)
+        (row,) = table.to_pylist()
+        window = Window(row["first_row"], row["texts"], {}, row["digest"], 0)
+        result: dict[str, Any] = {"digest": window.digest, "error": "", "message": ""}
+        result |= {"vectors": b"", "dtype": "", "num_tokens": 0, "num_truncated": 0}
+        try:
+            tokens = tokenize(self._embedder, window, self._job.prompt_name)
+            made = compute(self._embedder, window, tokens, self._job.output)
+        except ModernBertRuntimeError as error:  # as a value: Ray would repeat, log and wrap an exception
+            result |= {"error": type(error).__name__, "message": str(error)}
+        else:
+            result |= {"vectors": made.vectors.tobytes(), "dtype": made.vectors.dtype.str}
+            result |= {"num_tokens": made.num_tokens, "num_truncated": made.num_truncated}
+        return pa.Table.from_pylist([result])
 
 
 def _window_source(job: RayJob, first_row: int) -> Any:
@@ -165,13 +170,3 @@ def _window_source(job: RayJob, first_row: int) -> Any:
             return [ReadTask(read, nothing_known)]
 
     return WindowSource()
-
-
-def _own_error(error: BaseException) -> ModernBertRuntimeError:
-    """What one of our functions raised in another process, else that Ray failed."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ModernBertRuntimeError):
-            return type(cause)(*cause.args)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return EngineError(f"ray failed ({one_line(error)}): see its logs, or embed without --ray")
