@@ -412,15 +412,15 @@ BAD_INPUTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a list, not an object": ("in.jsonl", b'["a"]\n', ("row 1",)),
     "not JSON": ("in.jsonl", b'{"text": "a"}\n{"text": \n', ("line 2",)),
     "JSON nested too deep": ("in.jsonl", b"[" * 100_000 + b"\n", ("line 1",)),
-    "lone surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', ("texts[0]", "surrogate")),
+    "lone surrogate": ("in.jsonl", b'{"text": "\\ud800"}\n', ("row 1", "surrogate")),
     "not UTF-8, jsonl": ("in.jsonl", b'{"text": "\xff"}\n', ("UTF-8",)),
     "not UTF-8, txt": ("in.txt", b"a\n\xe9\n", ("UTF-8",)),
     "not UTF-8, csv": ("in.csv", b"text\n\xe9\n", ("UTF-8",)),
     "csv without the column": ("in.csv", b"body\na\n", ("row 1", "'text'")),
     "csv with a short row": ("in.csv", b"id,text\n1\n", ("row 1", "'text'")),
     "csv with an open quote": ("in.csv", b'text\n"a\n', ("CSV",)),
-    "unknown suffix": ("in.xml", b"<a/>", (".txt, .jsonl, .csv",)),
-    "no suffix": ("in", b"a\n", (".txt, .jsonl, .csv",)),
+    "unknown suffix": ("in.xml", b"<a/>", (".txt, .jsonl, .csv, .parquet",)),
+    "no suffix": ("in", b"a\n", (".txt, .jsonl, .csv, .parquet",)),
 }
 
 
@@ -463,7 +463,7 @@ def test_embed_refuses_options_out_of_range(
 def test_embed_refuses_a_text_that_is_too_long_when_told_to(run: Run, bundle: Path, tmp_path: Path) -> None:
     stdin = b"a\n" + b"b " * 600 + b"\n"
     result = run("embed", bundle, "--out", tmp_path / "out.npy", "--truncation", "error", stdin=stdin)
-    assert_refused(result, "texts[1]", "602", str(TINY["max_position_embeddings"]))
+    assert_refused(result, "row 2", "602", str(TINY["max_position_embeddings"]))
     assert not list(tmp_path.iterdir())
 
 
@@ -471,8 +471,8 @@ def test_embed_refuses_a_text_that_is_too_long_when_told_to(run: Run, bundle: Pa
     ("out", "named"),
     [
         ("taken.npy", "exists"),
-        ("out.txt", ".npy, .jsonl"),
-        ("out", ".npy, .jsonl"),
+        ("out.txt", ".npy, .jsonl, .parquet"),
+        ("out", ".npy, .jsonl, .parquet"),
         ("absent/out.npy", "cannot be written"),
         ("taken.npy/out.npy", "cannot be written"),
         ("/dev/null/out.npy", "cannot be written"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from modernbert.cli.bench import bench
 from modernbert.cli.embed import embed
 from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, pretrain, finetune, evaluate, export, verify, embed):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench):
     app.command()(command)
 app.add_typer(tokenizer, name="tokenizer")
 
