@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.attention_flex import flex
-from modernbert.attention_varlen import varlen, varlen_rows
-from modernbert.packing import Packing, SharedKeys
+from modernbert.attention_flex import flex, flex_plan
+from modernbert.attention_varlen import varlen, varlen_plan, varlen_rows
+from modernbert.packing import Packing, SharedKeys, uncompiled
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Packing, "int | None", float, "SharedKeys | None"], Tensor]
 # Rows of G queries per sequence [B, G, H, K] that see all of it: q, k, v, packing, dropout, shared keys.
@@ -79,35 +79,37 @@ def sdpa(
     shared: SharedKeys | None = None,
 ) -> Tensor:
     """Sequences side by side at the longest one's length, with a dense mask [B, 1, S, S]."""
-    valid_BS, visible_BSS = packing.once(("sdpa", radius), lambda: _dense_mask(packing, radius))
-    q, k, v = (_side_by_side(x, valid_BS).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
+    rank_T, visible_BSS = sdpa_plan(packing, radius)
+    q, k, v = (_side_by_side(x, packing, rank_T, visible_BSS).transpose(1, 2) for x in (q_THK, k_THK, v_THK))
     if shared is not None:
         k, v = (torch.cat((x, y.transpose(1, 2)), dim=2) for x, y in ((k, shared.k_BGHK), (v, shared.v_BGHK)))
         visible_BSS = F.pad(visible_BSS, (0, shared.k_BGHK.shape[1]), value=True)
     y_BHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=visible_BSS[:, None], dropout_p=dropout)
-    return y_BHSK.transpose(1, 2)[valid_BS]
+    return y_BHSK.transpose(1, 2)[packing.sequence_T, rank_T]
 
 
-def _side_by_side(x_TX: Tensor, valid_BS: Tensor) -> Tensor:
+def _side_by_side(x_TX: Tensor, packing: Packing, rank_T: Tensor, like_BSX: Tensor) -> Tensor:
     """[T, ...] -> [B, S, ...], every sequence from the left, zeros after its end."""
-    mask = valid_BS.view(valid_BS.shape + (1,) * (x_TX.dim() - 1))
-    return x_TX.new_zeros(valid_BS.shape + x_TX.shape[1:]).masked_scatter(mask, x_TX)
+    return x_TX.new_zeros(like_BSX.shape[:2] + x_TX.shape[1:]).index_put((packing.sequence_T, rank_T), x_TX)
+
+
+def sdpa_plan(packing: Packing, radius: int | None, shared_keys: int = 0) -> tuple[Tensor, Tensor]:
+    """The rank of each token in its sequence [T], and which pairs [B, S, S] see each other."""
+    return packing.once(("sdpa", radius), lambda: _dense_mask(packing, radius))
 
 
 def _dense_mask(packing: Packing, radius: int | None) -> tuple[Tensor, Tensor]:
-    """Which of [B, S] are tokens, and which pairs [B, S, S] of them see each other."""
     device = packing.sequence_T.device
-    length_B = torch.tensor(packing.lengths, device=device)
-    valid_BS = (
-        torch.arange(max(packing.lengths, default=0), device=device).expand(len(length_B), -1) < length_B[:, None]
-    )
+    length_B = torch.tensor(packing.lengths, dtype=torch.int64, device=device)
+    rank_T = torch.arange(len(packing.sequence_T), device=device) - (length_B.cumsum(0) - length_B)[packing.sequence_T]
+    valid_BS = torch.arange(max(packing.lengths, default=0), device=device) < length_B[:, None]
     # A query that is padding sees everything: its row is dropped, and a row that sees nothing would be NaN.
     visible_BSS = valid_BS[:, None, :] | ~valid_BS[:, :, None]
     if radius is not None:
-        position_BS = _side_by_side(packing.position_T, valid_BS)
+        position_BS = _side_by_side(packing.position_T, packing, rank_T, valid_BS)
         near_BSS = (position_BS[:, :, None] - position_BS[:, None, :]).abs() <= radius
         visible_BSS &= near_BSS | ~valid_BS[:, :, None]
-    return valid_BS, visible_BSS
+    return rank_T, visible_BSS
 
 
 def banded(
@@ -128,16 +130,28 @@ def banded(
     if not len(q_THK):
         return v_THK
     if radius is None:
-        more_k, more_v = (None, None) if shared is None else (shared.k_BGHK, shared.v_BGHK)
-        k_groups, v_groups = _groups(k_THK, packing, more_k), _groups(v_THK, packing, more_v)
-        return _attend_groups(_groups(q_THK, packing), k_groups, v_groups, dropout)
+        return _by_sequence(q_THK, k_THK, v_THK, packing, dropout, shared)
+    slot_T, sequence_N, mask = banded_plan(packing, radius, 0 if shared is None else shared.k_BGHK.shape[1])
     if shared is None:
-        mask = packing.once(("band", radius), lambda: _band_mask(packing.sequence_T, packing.position_T, radius))
         return _band(q_THK, k_THK, v_THK, mask, dropout)
-    slot_T, sequence_N, mask = packing.once(("aligned band", radius), lambda: _aligned_band(packing, radius))
     slots = len(sequence_N) * radius
     q, k, v = (x.new_zeros(slots, *x.shape[1:]).index_copy(0, slot_T, x) for x in (q_THK, k_THK, v_THK))
     return _band(q, k, v, mask, dropout, shared.k_BGHK[sequence_N], shared.v_BGHK[sequence_N])[slot_T]
+
+
+def banded_plan(packing: Packing, radius: int | None, shared_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's slot among those of the blocks [T], each block's sequence [N], which keys are seen [N, W, 3 W].
+
+    Slots and sequences are empty where there are no shared keys, and all three in a global layer.
+    """
+    none = packing.sequence_T[:0]
+    if radius is None:
+        return none, none, none
+    if shared_keys:
+        return packing.once(("aligned band", radius), lambda: _aligned_band(packing, radius))
+    return packing.once(
+        ("band", radius), lambda: (none, none, _band_mask(packing.sequence_T, packing.position_T, radius))
+    )
 
 
 def _band(
@@ -168,9 +182,9 @@ def _band_mask(sequence_T: Tensor, position_T: Tensor, radius: int) -> Tensor:
 
 
 def _aligned_band(packing: Packing, radius: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every sequence from the start of a block: the token's slot [T], the block's sequence [N], the mask [N, W, L]."""
+    """The plan with every sequence from the start of a block."""
     device = packing.sequence_T.device
-    length_B = torch.tensor(packing.lengths, device=device)
+    length_B = torch.tensor(packing.lengths, dtype=torch.int64, device=device)
     blocks_B = (length_B + radius - 1) // radius
     first_block_B, first_token_B = blocks_B.cumsum(0) - blocks_B, length_B.cumsum(0) - length_B
     shift_B = first_block_B * radius - first_token_B
@@ -195,6 +209,7 @@ def _three_blocks(x_TX: Tensor, radius: int, fill: int = 0) -> Tensor:
     return torch.cat((x_NWX[:-2], x_NWX[1:-1], x_NWX[2:]), dim=1)
 
 
+@uncompiled("one call per sequence")
 def rows_by_sequence(
     q_BGHK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, dropout: float, shared: SharedKeys
 ) -> Tensor:
@@ -204,6 +219,16 @@ def rows_by_sequence(
     q_groups = [q_BGHK] if packing.full else [x[None] for x in q_BGHK]
     k_groups, v_groups = _groups(k_THK, packing, shared.k_BGHK), _groups(v_THK, packing, shared.v_BGHK)
     return _attend_groups(q_groups, k_groups, v_groups, dropout).unflatten(0, q_BGHK.shape[:2])
+
+
+@uncompiled("one call per sequence")
+def _by_sequence(
+    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, packing: Packing, dropout: float, shared: SharedKeys | None
+) -> Tensor:
+    """Attention of all tokens over their sequence and its shared keys: [T, H, K]."""
+    more_k, more_v = (None, None) if shared is None else (shared.k_BGHK, shared.v_BGHK)
+    k_groups, v_groups = _groups(k_THK, packing, more_k), _groups(v_THK, packing, more_v)
+    return _attend_groups(_groups(q_THK, packing), k_groups, v_groups, dropout)
 
 
 def _groups(x_THK: Tensor, packing: Packing, more_BGHK: Tensor | None = None) -> Sequence[Tensor]:
@@ -234,6 +259,13 @@ BACKENDS: Mapping[str, AttentionBackend] = {
     "banded": banded,
     "flex": flex,
     "varlen": varlen,
+}
+# What the layers of a forward pass share: made before the first of them, by packing, radius and number of shared keys.
+PLANS: Mapping[str, Callable[[Packing, int | None, int], object]] = {
+    "sdpa": sdpa_plan,
+    "banded": banded_plan,
+    "flex": flex_plan,
+    "varlen": varlen_plan,
 }
 # Who computes the rows of global tokens: they are few and see everything, which needs no mask and no band.
 ROWS: Mapping[str, RowsBackend] = dict.fromkeys(BACKENDS, rows_by_sequence) | {"varlen": varlen_rows}

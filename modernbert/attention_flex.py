@@ -54,8 +54,7 @@ def flex(
         return v_THK
     if shared is not None:
         k_THK, v_THK = torch.cat((k_THK, shared.k_XHK)), torch.cat((v_THK, shared.v_XHK))
-    number = 0 if shared is None else shared.k_BGHK.shape[1]
-    mask = packing.once(("flex", radius, number), lambda: block_mask(packing, radius, number))
+    mask = flex_plan(packing, radius, 0 if shared is None else shared.k_BGHK.shape[1])
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
     if not on_cpu:
         return _kernel()(q, k, v, block_mask=mask)[0].transpose(0, 1)
@@ -64,6 +63,13 @@ def flex(
         # Detached: torch refuses views of what requires gradients even where none are recorded.
         y = flex_attention(q.detach(), k.detach(), v.detach(), block_mask=mask)
     return y[0].transpose(0, 1)
+
+
+def flex_plan(packing: Packing, radius: int | None, shared_keys: int) -> BlockMask | None:
+    """The block mask; none where there is no token."""
+    if not len(packing.sequence_T):
+        return None
+    return packing.once(("flex", radius, shared_keys), lambda: block_mask(packing, radius, shared_keys))
 
 
 @functools.cache

@@ -37,11 +37,9 @@ def varlen(
         InputError: the device, the precision, the size of a head, dropout, or padding inside a sequence.
     """
     require_kernel(q_THK, dropout)
-    packing.once("varlen", lambda: _require_no_holes(packing))
+    offset_B, longest = varlen_plan(packing, radius)
     if not len(q_THK):
         return v_THK
-    offset_B = packing.once("cu_seqlens", lambda: _offsets(packing.lengths, q_THK.device))
-    longest = max(packing.lengths)
     window = (-1, -1) if radius is None else (radius, radius)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Any:
@@ -54,6 +52,15 @@ def varlen(
     assert sum_HT.shape == q_THK.shape[1::-1]
     sum_TH = _LogSumExp.apply(q_THK, k_THK, sum_HT.mT, attend)  # type: ignore[no-untyped-call]
     return _join(y_THK, sum_TH, q_THK, packing, shared)
+
+
+def varlen_plan(packing: Packing, radius: int | None, shared_keys: int = 0) -> tuple[Tensor, int]:
+    """Offsets [B + 1] of the sequences, int32 as the kernel takes them, and the longest one's length.
+
+    Raises:
+        InputError: padding inside a sequence.
+    """
+    return packing.once("varlen", lambda: _checked_offsets(packing))
 
 
 def varlen_rows(
@@ -94,15 +101,16 @@ def require_kernel(q: Tensor, dropout: float) -> None:
         )
 
 
-def _require_no_holes(packing: Packing) -> None:
+def _checked_offsets(packing: Packing) -> tuple[Tensor, int]:
     step = packing.position_T.diff()
     inside = packing.sequence_T.diff() == 0
     if bool((inside & (step != 1)).any()):
         raise InputError("attention 'varlen' takes padding at the ends of a sequence only, not inside; take 'banded'")
+    return _offsets(packing.lengths, packing.sequence_T.device), max(packing.lengths, default=0)
 
 
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor((0, *lengths), device=device).cumsum(0, dtype=torch.int32)
+    return torch.tensor((0, *lengths), dtype=torch.int64, device=device).cumsum(0, dtype=torch.int32)
 
 
 class _LogSumExp(torch.autograd.Function):

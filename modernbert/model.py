@@ -31,11 +31,11 @@ from transformers.initialization import ones_, trunc_normal_, zeros_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from modernbert.attention import BACKENDS, ROWS, rotary_tables, rotate
+from modernbert.attention import BACKENDS, PLANS, ROWS, rotary_tables, rotate
 from modernbert.config import LayerType, ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.global_tokens import attend_with_globals
-from modernbert.packing import Packing
+from modernbert.packing import Packing, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -234,12 +234,14 @@ class ModernBertModel(ModernBertPreTrainedModel):
         output = EncoderOutput(
             last_hidden_state=packing.unpack(x_TD),
             hidden_states=tuple(packing.unpack(self._split(x, packing)[0]) for x in hidden) if hidden else None,
-            global_hidden_state=x_BGD if self.num_global_tokens else None,
+            global_hidden_state=x_BGD,
         )
         return output if return_dict else output.to_tuple()
 
-    def _split(self, x_XD: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def _split(self, x_XD: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
         """[T + B * G, D] -> [T, D] and [B, G, D]."""
+        if not self.num_global_tokens:
+            return x_XD, None
         tokens = len(packing.sequence_T)
         return x_XD[:tokens], x_XD[tokens:].unflatten(0, (len(packing.lengths), self.num_global_tokens))
 
@@ -258,8 +260,18 @@ class ModernBertModel(ModernBertPreTrainedModel):
         x = self.final_norm(x)
         return x, [*hidden, x] if keep_hidden else []
 
+    @uncompiled("masks depend on data, and are made once for all layers")
+    def _plan(self, packing: Packing) -> None:
+        if self.attention in PLANS:
+            for layer_type in set(self.config.layer_types):
+                PLANS[self.attention](packing, self._radius(layer_type), self.num_global_tokens)
+
+    def _radius(self, layer_type: LayerType) -> int | None:
+        return self.config.window_radius if layer_type == "sliding_attention" else None
+
     def _attend_packed(self, packing: Packing, dtype: torch.dtype) -> Attend:
         config, backend = self.config, BACKENDS[self.attention]
+        self._plan(packing)
         precision = torch.promote_types(dtype, torch.float32)
         tables = {
             layer_type: rotary_tables(packing.position_T, config.rope_theta(layer_type), config.head_dim, precision)
@@ -268,7 +280,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
         dropout = config.attention_dropout if self.training else 0.0
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
-            radius = config.window_radius if layer_type == "sliding_attention" else None
+            radius = self._radius(layer_type)
             if config.num_global_tokens:
                 return attend_with_globals(
                     q,

@@ -18,6 +18,15 @@ from torch import Tensor
 Built = TypeVar("Built")
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def uncompiled(reason: str) -> Callable[[Function], Function]:
+    """Keeps a function that depends on lengths out of torch.compile's graphs: each length would be compiled anew."""
+    decorator: Callable[[Function], Function] = torch.compiler.disable(reason=reason)
+    return decorator
+
+
 @dataclass(frozen=True, kw_only=True)
 class Packing:
     """How T packed tokens form B sequences.
@@ -33,6 +42,7 @@ class Packing:
     _built: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
+    @uncompiled("the number of tokens is data")
     def from_mask(cls, attention_mask_BS: Tensor) -> Packing:
         """Packs the tokens whose mask is not 0, wherever the padding stands."""
         sequence_T, position_T = attention_mask_BS.nonzero(as_tuple=True)
@@ -41,6 +51,7 @@ class Packing:
         return cls(sequence_T=sequence_T, position_T=position_T, lengths=lengths, padded_shape=(batch, length))
 
     @classmethod
+    @uncompiled("the number of tokens is data")
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Packing:
         """Sequences that are packed already: sequence b holds tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`."""
         length_B = cu_seqlens.long().diff()
@@ -93,4 +104,4 @@ class SharedKeys:
     def sequence_X(self) -> Tensor:
         """Whose they are."""
         batch, number = self.k_BGHK.shape[:2]
-        return torch.arange(batch, device=self.k_BGHK.device).repeat_interleave(number)
+        return torch.arange(batch, device=self.k_BGHK.device)[:, None].expand(-1, number).flatten()

@@ -544,6 +544,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(attention: str) -> None
     torch.testing.assert_close(grads[1], grads[0], **FP64)
 
 
+@pytest.mark.slow  # 10 to 30 s, all of it compiling
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, while it traces
+@pytest.mark.parametrize("attention", ["sdpa", "banded"])
+def test_compiled_model_trains_alike_and_is_not_compiled_anew_for_every_batch(attention: str) -> None:
+    # What depends on data (packing, masks, sequences one by one) stays out of the graphs. Not compiled to machine code,
+    # but traced and differentiated ahead as for that.
+    model = small(num_hidden_layers=2, layer_types=[FULL, LOCAL]).train()
+    model.set_attention(attention)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for index, (rows, length) in enumerate([(4, 17), (3, 23), (5, 29), (6, 11)]):
+        ids = random_ids(rows, length, seed=index)
+        mask = (torch.arange(length) < torch.arange(2, rows + 2)[:, None] * 2).long()
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            # Batches of two sizes teach the compiler what varies; after them nothing may be new.
+            with torch.compiler.set_stance("fail_on_recompile" if index > 1 and run is compiled else "default"):
+                loss = run(ids, mask, labels=torch.where(mask != 0, ids, -100)).loss
+            loss.backward()
+            results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        torch.testing.assert_close(results[1], results[0], **FP64)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("attention", BACKENDS)
 @pytest.mark.parametrize("where", ["attention_dropout", "mlp_dropout", "embedding_dropout"])
 def test_dropout_acts_in_training_only(attention: str, where: str) -> None:
