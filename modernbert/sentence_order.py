@@ -47,12 +47,12 @@ class SentenceOrderHead(nn.Module):
 
 @dataclass
 class PreTrainingOutput(ModelOutput):
-    """`loss` = masked-LM loss + weight * ordering loss. Without a head the latter and `order_logits` are None."""
+    """`loss` = masked-LM loss + weight * ordering loss. Without a head what is about order is None."""
 
     loss: Tensor | None = None
     masked_lm_loss: Tensor | None = None
     order_loss: Tensor | None = None
-    order_logits: Tensor | None = None
+    order_logits: Tensor | None = None  # [B, C]
 
 
 class ModernBertForPreTraining(ModernBertPreTrainedModel):
