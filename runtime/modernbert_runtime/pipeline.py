@@ -67,7 +67,7 @@ class Pipeline:
             )
 
     def _tokenized(self, texts: Sequence[str], prefix: str) -> Iterator[tuple[int, Sequence[TokenizedText]]]:
-        """Groups of tokenized texts, each with the index of its first."""
+        """Groups of tokenized texts, each with the index of its first; truncation is reported at the end."""
 
         def tokenize(group: slice) -> list[TokenizedText]:
             tokens = self.tokenizer.encode_checked(texts[group], prefix=prefix, first=group.start)
@@ -80,6 +80,11 @@ class Pipeline:
             tokenized: Iterable[list[TokenizedText]] = [tokenize(group) for group in groups]
         else:
             tokenized = one_ahead(tokenize, groups)
+        return self._reported(groups, tokenized)
+
+    def _reported(
+        self, groups: Sequence[slice], tokenized: Iterable[list[TokenizedText]]
+    ) -> Iterator[tuple[int, Sequence[TokenizedText]]]:
         dropped: list[int] = []
         for group, tokens in zip(groups, tokenized, strict=True):
             dropped += [text.num_dropped for text in tokens]
