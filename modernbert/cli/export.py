@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="Checkpoint to compare with; default: the bundle's own.")
     ] = None,
     text: TextOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a bundle with PyTorch again: exit 1 and a table when parity is lost."""
     quiet_libraries()
@@ -86,7 +87,10 @@ def verify(
 
     with progress() as tell:
         reports = verify_bundle(bundle, reference, text=text, progress=tell)
-    for report in reports:
-        print(report.to_json() if json else report.to_markdown())
-    if not all(report.passed for report in reports):
+    passed = all(report.passed for report in reports)
+    if as_json:
+        print(json.dumps({"passed": passed, "artifacts": [report.to_dict() for report in reports]}, indent=2))
+    else:
+        print("\n".join(report.to_markdown() for report in reports))
+    if not passed:
         raise typer.Exit(1)
