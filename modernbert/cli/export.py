@@ -35,10 +35,12 @@ def export(
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
     began = time.monotonic()
     quiet_libraries()
-    from modernbert_export.export import export_with_reports
+    from modernbert_export.export import Exported
+    from modernbert_export.export import export as export_model
 
+    artifacts: list[Exported] = []
     with progress() as tell:
-        exported = export_with_reports(
+        manifest = export_model(
             model,
             out,
             target=target,
@@ -48,13 +50,13 @@ def export(
             text=text,
             reduce_range=reduce_range,
             progress=tell,
+            proven=artifacts.append,
         )
-    manifest = exported.manifest
     print(
         f"{out}: {manifest.pooling} pooling, {manifest.dimension} dimensions, up to {manifest.max_length} tokens; "
         "proven against PyTorch:"
     )
-    for artifact in exported.artifacts:
+    for artifact in artifacts:
         figures = artifact.report.summary()
         print(
             f"\n{artifact.file}: {artifact.precision}, max abs error {figures['max_abs_error']:.1e}, min cosine "
