@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,9 +89,12 @@ def test_export_verify_embed_as_a_user_types_it(checkpoint: Path, bundle: Path, 
 
     exported = shell("export", str(checkpoint), "--out", "nested/bundle")
     assert exported.returncode == 0, exported.stderr
-    line = exported.stdout.splitlines()[0]
+    line, *_ = exported.stdout.splitlines()
     assert "mean pooling, 48 dimensions, up to 520 tokens" in line
     assert "against PyTorch" in line
+    assert re.search(r"min cosine 1\.0000000", exported.stdout)
+    assert "| activations, MB for one row of n tokens |" in exported.stdout
+    assert re.search(r"Took \d+ s", exported.stdout)
     for name in ("onnx/model.onnx", "onnx/model.onnx_data", "model.safetensors", "config.json"):
         assert sha256_file(tmp_path / "nested/bundle" / name) == sha256_file(bundle / name), name
 
@@ -129,10 +133,10 @@ def test_export_fails_with_a_table_when_parity_is_lost(
 ) -> None:
     import onnx_ir as ir
 
-    import modernbert_export.export as export_module
+    import modernbert_export.build as build_module
 
-    monkeypatch.setattr(export_module, "trace", lambda model, **_: None)
-    monkeypatch.setattr(export_module, "lower", lambda graph, target: ir.load(bundle / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "trace", lambda model, **_: None)
+    monkeypatch.setattr(build_module, "lower", lambda graph, target: ir.load(bundle / "onnx/model.onnx"))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "local_attention": 10}))
     result = run("export", source, "--out", tmp_path / "out", "--max-length", "20")

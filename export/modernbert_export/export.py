@@ -53,14 +53,6 @@ class Exported:
     contents: Contents
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """What an export wrote: the manifest, and per artifact the report and what the graph contains."""
-
-    manifest: Manifest
-    artifacts: tuple[Exported, ...]
-
-
 def export(
     model: str,
     out: str | os.PathLike[str],
@@ -72,6 +64,7 @@ def export(
     text: str | os.PathLike[str] | None = None,
     reduce_range: bool | None = None,
     progress: Progress = lambda _: None,
+    proven: Callable[[Exported], None] = lambda _: None,
 ) -> Manifest:
     """Exports a ModernBERT to ONNX, proves that it computes what PyTorch does, and writes the bundle.
 
@@ -85,37 +78,12 @@ def export(
         text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
         progress: is told what is being done, in a few words.
+        proven: is told of each artifact that passed, with its report and what is in the graph.
 
     Raises:
         InputError: the checkpoint or a parameter cannot be used.
         ParityError: a graph does not compute what PyTorch does.
     """
-    return export_with_reports(
-        model,
-        out,
-        target=target,
-        precisions=precisions,
-        pooling=pooling,
-        max_length=max_length,
-        text=text,
-        reduce_range=reduce_range,
-        progress=progress,
-    ).manifest
-
-
-def export_with_reports(
-    model: str,
-    out: str | os.PathLike[str],
-    *,
-    target: str = "portable",
-    precisions: Sequence[str] = ("fp32",),
-    pooling: str | None = None,
-    max_length: int | None = None,
-    text: str | os.PathLike[str] | None = None,
-    reduce_range: bool | None = None,
-    progress: Progress = lambda _: None,
-) -> Export:
-    """`export`, and what it found out on the way."""
     lowering = check_precisions(target, tuple(precisions))
     source = open_source(model, pooling=pooling, max_length=max_length)
     compared = text is not None or "int8" in precisions
@@ -125,6 +93,8 @@ def export_with_reports(
     # The checkpoint, and per precision a graph; fp32 is there for int8 in any case.
     room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
     with whole_directory(Path(out), room=room) as partial:
+        # First, while nothing else is in memory: a model in float64 is the largest thing there is.
+        references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
         progress("loading the checkpoint")
         encoder = load_model(source.path)
         write_model_files(source, encoder, partial)
@@ -144,10 +114,9 @@ def export_with_reports(
             )
             built = builder.build(encoder, precisions, sampler.rows if sampler else {})
         del encoder, sampler, builder
-        gc.collect()  # graphs are full of cycles, and the references need their memory
+        gc.collect()  # graphs are full of cycles
         for one in built:
             check_saved(one.file)
-        references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
@@ -187,7 +156,9 @@ def export_with_reports(
             calibration={"low": tuple(wanted.min(0).tolist()), "high": tuple(wanted.max(0).tolist())},
         )
         (partial / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return Export(manifest=manifest, artifacts=tuple(artifacts))
+    for artifact in artifacts:
+        proven(artifact)
+    return manifest
 
 
 def _prove(built: Built, source: Source, references: References, root: Path, progress: Progress) -> Exported:

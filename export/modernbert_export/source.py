@@ -74,8 +74,7 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
             f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
         )
     modules = _modules(path)
-    check_weights(name, sorted(path.glob("model*.safetensors")), config)
-    return Source(
+    source = Source(
         name=name,
         path=path,
         config=config,
@@ -85,6 +84,8 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
         max_length=_max_length(path, config, max_length),
         special_tokens=_special_tokens(path, config),
     )
+    check_weights(name, source.weight_files, config)
+    return source
 
 
 def _locate(model: str) -> Path:

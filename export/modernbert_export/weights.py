@@ -23,15 +23,18 @@ def check_weights(name: str, files: Sequence[Path], config: ModernBertConfig) ->
     Raises:
         InputError: some are missing, too many or of another shape; all are listed, in one line.
     """
-    with torch.device("meta"):
-        wanted = {key: list(value.shape) for key, value in ModernBertModel(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            wanted = {key: list(value.shape) for key, value in ModernBertModel(config).state_dict().items()}
+    except KeyError as error:  # of the activation's name, which transformers looks up
+        raise InputError(f"model {name!r} cannot be loaded: its config.json names {error}, which is unknown") from error
     stored: dict[str, list[int]] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 stored |= {key.removeprefix("model."): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise InputError(f"model {name!r}: {path.name} cannot be read: {' '.join(str(error).split())}") from error
+            raise InputError(f"model {name!r}: {path.name} cannot be loaded: {' '.join(str(error).split())}") from error
     encoder = {key: shape for key, shape in stored.items() if not key.startswith(_OTHERS) and _BUFFER not in key}
     faults = {
         "missing": sorted(wanted.keys() - encoder.keys()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -34,10 +35,12 @@ def export(
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
     began = time.monotonic()
     quiet_libraries()
-    from modernbert_export.export import export_with_reports
+    from modernbert_export.export import Exported
+    from modernbert_export.export import export as export_model
 
+    artifacts: list[Exported] = []
     with progress() as tell:
-        exported = export_with_reports(
+        manifest = export_model(
             model,
             out,
             target=target,
@@ -47,13 +50,13 @@ def export(
             text=text,
             reduce_range=reduce_range,
             progress=tell,
+            proven=artifacts.append,
         )
-    manifest = exported.manifest
     print(
         f"{out}: {manifest.pooling} pooling, {manifest.dimension} dimensions, up to {manifest.max_length} tokens; "
         "proven against PyTorch:"
     )
-    for artifact in exported.artifacts:
+    for artifact in artifacts:
         figures = artifact.report.summary()
         print(
             f"\n{artifact.file}: {artifact.precision}, max abs error {figures['max_abs_error']:.1e}, min cosine "
@@ -78,7 +81,7 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="Checkpoint to compare with; default: the bundle's own.")
     ] = None,
     text: TextOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare a bundle with PyTorch again: exit 1 and a table when parity is lost."""
     quiet_libraries()
@@ -86,7 +89,10 @@ def verify(
 
     with progress() as tell:
         reports = verify_bundle(bundle, reference, text=text, progress=tell)
-    for report in reports:
-        print(report.to_json() if json else report.to_markdown())
-    if not all(report.passed for report in reports):
+    passed = all(report.passed for report in reports)
+    if as_json:
+        print(json.dumps({"passed": passed, "artifacts": [report.to_dict() for report in reports]}, indent=2))
+    else:
+        print("\n".join(report.to_markdown() for report in reports))
+    if not passed:
         raise typer.Exit(1)
