@@ -188,7 +188,7 @@ def test_loading_within_a_limit(root: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_limits_that_cannot_be_kept(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"max_memory must exceed 0\.\d\d GB, not be 0\.00 GB"):
+    with pytest.raises(InputError, match=r"max_memory must exceed \d\.\d\d GB, not be 0\.00 GB"):
         Embedder.load(root, engine="onnxruntime", max_memory="1MB")
     with pytest.raises(InputError, match="max_memory counts memory of the CPU and providers compute elsewhere"):
         Embedder.load(root, max_memory="1GB", providers=["CUDAExecutionProvider"])

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 def bench(
     bundle: BundleArgument,
-    lengths: Annotated[str, typer.Option(help="Tokens of a text, for latency.")] = "16,128,512,2048",
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a text, for latency; default: 16,128,512,2048 or what fits.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Texts of a call, for throughput.")] = "1,8,32",
-    batch_length: Annotated[int, typer.Option(help="Tokens of each of these texts.")] = 128,
+    batch_length: Annotated[int | None, typer.Option(help="Tokens of each of these texts; default: 128.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each candidate; default: its own choice.")] = None,
     seconds: Annotated[float, typer.Option(help="Time to spend on rounds, about.")] = 45.0,
     against: Annotated[
@@ -40,7 +42,7 @@ def bench(
     with progress() as tell:
         report = run(
             bundle,
-            lengths=_numbers("lengths", lengths),
+            lengths=None if lengths is None else _numbers("lengths", lengths),
             batches=_numbers("batch", batch),
             batch_length=batch_length,
             threads=threads,

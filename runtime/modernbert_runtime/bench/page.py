@@ -113,7 +113,7 @@ def line_plot(
     for y in ticks_y:
         at = place_y(y)
         parts.append(f'<path d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{y:,.5g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_label(y)}</text>')
     for x in ticks_x:
         at = place_x(x)
         parts.append(f'<path d="M{at:.1f} {_HEIGHT - _BOTTOM}v5" stroke="#888"/>')
@@ -127,6 +127,10 @@ def line_plot(
             tip = f"<title>{html.escape(name)}: {y:,.4g} {unit} at {x:,.0f} {x_label}</title>"
             parts.append(f"<g>{tip}{_marker(index, place_x(x), place_y(y), colours[name])}</g>")
     return "".join([*parts, "</svg>"])
+
+
+def _label(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def _marker(index: int, x: float, y: float, colour: str) -> str:

@@ -29,6 +29,9 @@ from modernbert_runtime.bench.report import Measurement, Report, model_flops, we
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import BundleError, EngineError, InputError
 
+LENGTHS = (16, 128, 512, 2048)
+BATCH_LENGTH = 128
+
 # Engines' threads spin for a while after a run; they must be asleep before another worker's turn begins.
 _SETTLE_SECONDS = 0.05
 _MOST_ROUNDS = 200
@@ -38,9 +41,9 @@ _WORDS = ("a", "the", "of", "in", "to", "is", "on", "for", "with", "wing", "flow
 def bench(
     bundle: str | Path,
     *,
-    lengths: Sequence[int] = (16, 128, 512, 2048),
+    lengths: Sequence[int] | None = None,
     batches: Sequence[int] = (1, 8, 32),
-    batch_length: int = 128,
+    batch_length: int | None = None,
     threads: int | None = None,
     seconds: float = 45.0,
     peers: Sequence[Candidate] = (),
@@ -50,9 +53,9 @@ def bench(
 
     Args:
         bundle: directory that `modernbert export` wrote.
-        lengths: tokens of a text, for latency.
+        lengths: tokens of a text, for latency; None is `LENGTHS`, as far as the bundle takes them.
         batches: texts of a call, for throughput.
-        batch_length: tokens of each of these texts.
+        batch_length: tokens of each of these texts; None is `BATCH_LENGTH`, or the most that the bundle takes.
         threads: of each candidate; None leaves it to them.
         seconds: to spend on rounds, about; each row gets at least one.
         peers: candidates that are not of this package.
@@ -65,8 +68,13 @@ def bench(
     """
     opened = Bundle.open(bundle)
     manifest = opened.manifest
+    longest = manifest.max_length
+    if lengths is None:
+        lengths = [min(length, longest) for length in LENGTHS]
+    if batch_length is None:
+        batch_length = min(BATCH_LENGTH, longest)
     lengths, batches = sorted(set(lengths)), sorted(set(batches))
-    _check(lengths, batches, batch_length, threads, manifest.max_length)
+    _check(lengths, batches, batch_length, threads, longest)
     progress("checking the bundle")
     for name in manifest.files:
         if name.startswith("onnx/") or name in ("tokenizer.json", "config.json"):
@@ -96,7 +104,7 @@ def bench(
         if not workers:
             raise EngineError(f"nothing can run this bundle here: {'; '.join(report.absent.values())}")
         progress("comparing vectors")
-        for worker in _disagreeing(workers, writer, manifest.max_length, report):
+        for worker in _disagreeing(workers, writer, longest, report):
             del workers[worker.candidate.name]
             worker.close()
         rows = [(length, 1) for length in lengths] + [(batch_length, batch) for batch in batches]
