@@ -284,10 +284,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row as text under `HEADINGS`."""
     if "peak_bytes" not in row:
         return [row["set"], row["candidate"], "-", "-", "-", row["error"], "", row["verdict"]]
+    speed = row["texts_per_second"]
     return [
         row["set"],
         row["candidate"],
-        f"{row['texts_per_second']:,.4g}",
+        f"{speed:,.0f}" if speed >= 1000 else f"{speed:.3g}",
         f"{row['tokens_per_second']:,.0f}",
         f"{row['peak_bytes'] / 1e9:.2f} GB",
         f"{row['ratio']:.2f}x" if row["ratio"] else "",

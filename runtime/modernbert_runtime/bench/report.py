@@ -84,14 +84,18 @@ THROUGHPUT_HEADINGS = ("texts", "candidate", "texts/s", "tokens/s", "calls", "of
 
 def latency_cells(report: Report, row: Measurement) -> list[str]:
     """A row as text under `LATENCY_HEADINGS`."""
-    milliseconds = [f"{1e3 * row.percentile(percent):,.4g}" for percent in (50, 95, 99)]
+    milliseconds = [_number(1e3 * row.percentile(percent)) for percent in (50, 95, 99)]
     return [f"{row.tokens:,}", row.candidate, *milliseconds, *_common(report, row)]
 
 
 def throughput_cells(report: Report, row: Measurement) -> list[str]:
     """A row as text under `THROUGHPUT_HEADINGS`."""
-    texts = f"{row.batch / row.percentile(50):,.4g}"
+    texts = _number(row.batch / row.percentile(50))
     return [f"{row.batch} x {row.tokens}", row.candidate, texts, f"{row.tokens_per_second:,.0f}", *_common(report, row)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _common(report: Report, row: Measurement) -> list[str]:
