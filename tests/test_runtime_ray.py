@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'modernbert-deploy[ray]'")
 
 NUM_ROWS = 4000
-LOAD = {"engine": "onnxruntime", "precision": None, "truncation": "right"}  # what the command line says
+LOAD = {"engine": "auto", "precision": None, "truncation": "right"}  # what the command line says
 TEXTS = [" ".join("abcdefghijklmnopqrstuvwxyz"[(i * 7 + k) % 26] for k in range(i % 11)) for i in range(NUM_ROWS)]
 
 

@@ -32,9 +32,20 @@ def embed(
     ] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Prompt of the bundle, such as query.")] = None,
     truncation: Annotated[str, typer.Option(help="Texts that are too long: right, left or error.")] = "right",
-    engine: Annotated[str, typer.Option(help="What computes.")] = "onnxruntime",
+    dimensions: Annotated[
+        int | None, typer.Option(help="Values to keep of each vector, of models trained for it (Matryoshka).")
+    ] = None,
+    output_dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, int8 or binary; default: float32.")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Scale vectors to unit length; default: as the bundle does.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What computes: auto, onnxruntime, openvino or tensorrt.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="Such as int8; default: the bundle's first.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine; default: its own choice.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens of a batch, padding included.")] = 1024,
+    max_memory: Annotated[str | None, typer.Option(help="Most that the process may hold, such as 2GB.")] = None,
     window_rows: Annotated[
         int, typer.Option(help="Most rows in memory at a time, and most that a kill can cost.")
     ] = 4096,
@@ -43,6 +54,7 @@ def embed(
     """Embed every row of a file of any size, in order. The same command after a kill goes on where it was."""
     from modernbert_runtime.bulk import embed_file
 
+    output = {"dimensions": dimensions, "output_dtype": output_dtype, "normalize": normalize}
     with _watching() as tell:
         done = embed_file(
             bundle,
@@ -51,7 +63,15 @@ def embed(
             field=field,
             keep=keep or (),
             prompt_name=prompt_name,
-            load={"engine": engine, "precision": precision, "truncation": truncation, "threads": threads},
+            load={
+                "engine": engine,
+                "precision": precision,
+                "truncation": truncation,
+                "threads": threads,
+                "batch_tokens": batch_tokens,
+                "max_memory": max_memory,
+            },
+            output={name: value for name, value in output.items() if value is not None},
             window_rows=window_rows,
             ray_actors=ray,
             progress=tell,

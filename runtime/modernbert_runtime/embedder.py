@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from modernbert_runtime.async_batcher import AsyncBatcher
+from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
 from modernbert_runtime.engine import Engine
@@ -50,7 +51,7 @@ class Embedder:
         manifest: Manifest,
         *,
         pad_id: int = 0,
-        batch_tokens: int = 8192,
+        batch_tokens: int = BATCH_TOKENS,
         max_waiting_tokens: int = 262_144,
         memory: MemoryBudget | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Embedder:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         truncation: Truncation = "right",
-        batch_tokens: int = 8192,
+        batch_tokens: int = BATCH_TOKENS,
         max_memory: int | str | None = None,
         max_waiting_tokens: int = 262_144,
         engine_options: Mapping[str, str] | None = None,
@@ -100,7 +101,7 @@ class Embedder:
             threads: threads within one operator; None leaves it to the engine, within a container's CPU limit.
             truncation: what happens to texts above `max_length`: "right" drops the end, "left" the start, "error"
                 raises TextTooLong.
-            batch_tokens: most tokens of one batch, padding included.
+            batch_tokens: most tokens of one batch, padding included; the default is for CPUs, GPUs want more.
             max_memory: most that this process may hold while a batch runs, in bytes or as "2GB": batches are cut to
                 keep to it, one runs at a time, and a text that alone would exceed it is refused. What is resident
                 after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
