@@ -204,6 +204,30 @@ def test_embed_takes_another_field_and_a_policy(run: Run, bundle: Path, tmp_path
     assert np.abs(vectors["left"] - vectors["right"]).max() > 1e-4
 
 
+def test_embed_gives_the_format_that_is_asked_for(run: Run, bundle: Path, tmp_path: Path, expected: np.ndarray) -> None:
+    source, formats = write_input(tmp_path / "in.txt"), {}
+    for name in ("float16", "int8", "binary"):
+        out = tmp_path / f"{name}.npy"
+        result = run("embed", bundle, source, "--output-dtype", name, "--out", out)
+        assert result.code == 0, result.err
+        formats[name] = read_vectors(out)
+    # Half a unit in the last of the 11 bits that float16 has.
+    assert np.abs(formats["float16"] - expected).max() <= 2**-12
+    assert formats["int8"].dtype == np.int8
+    ranges = json.loads((bundle / "manifest.json").read_text())["calibration"]
+    low, high = (np.array(ranges[name]) for name in ("low", "high"))
+    wanted = (expected - low) / (high - low) * 255 - 128
+    assert np.abs(formats["int8"] - wanted.clip(-128, 127)).max() <= 1  # one of 256 steps
+    assert np.array_equal(formats["binary"], np.packbits(expected > 0, axis=1))
+
+    result = run("embed", bundle, source, "--dimensions", "8", "--max-memory", "8GB", "--out", tmp_path / "cut.npy")
+    assert result.code == 0, result.err
+    refused = run("embed", bundle, source, "--dimensions", "8", "--output-dtype", "int8", "--out", tmp_path / "no.npy")
+    assert_refused(refused, "int8", "dimensions")  # the ranges are those of whole vectors
+    cut = expected[:, :8] / np.linalg.norm(expected[:, :8], axis=1, keepdims=True)
+    assert np.abs(read_vectors(tmp_path / "cut.npy") - cut).max() < 1e-6
+
+
 STRANGE = {
     "one character": "a",
     "100,000 words": "a b " * 50_000,
