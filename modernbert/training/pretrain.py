@@ -25,7 +25,7 @@ from modernbert.data.documents import Document
 from modernbert.data.packed import Collator, PackedPieces, special_tokens
 from modernbert.data.pieces import Counts, Pieces, write_pieces
 from modernbert.data.tokenizer import rounded_vocab_size, save_tokenizer
-from modernbert.errors import InputError, TrainingError
+from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM
 from modernbert.output import whole_directory
 from modernbert.sentence_order import ModernBertForPreTraining, load_masked_lm
@@ -174,34 +174,30 @@ def pretrain(
     )
     run, processes = RunDirectory(out), PartialState(cpu=_on_cpu())
     main = processes.is_main_process
-    arguments = _training_arguments(settings, run.path, processes.num_processes)
+    arguments = _training_arguments(settings, run.partial, processes.num_processes)
     model = _joint_model(config, weights, settings)
-    if main:
-        run.open({**settings.that_decide(), **_identity(config, tokenizer, weights)}, resume=resume)
-    try:
+    identity = {**settings.that_decide(), **_identity(config, tokenizer, weights)}
+    with run.opened(identity, resume=resume, main=main):
         if main:
             _write_data(documents, tokenizer, run, settings, tell)
         processes.wait_for_everyone()
         pieces = Pieces(run.data)
         data = PackedPieces(pieces, settings.max_length, settings.sop_segments)
+        newest = run.newest_checkpoint()
         if main:
             bins = f"{len(data):,} bins of {settings.max_length:,} tokens, {data.fill:.1%} filled"
             tell(f"{pieces.counts}; {bins}")
+            run.rewind_log(newest)
         trainer = PretrainingTrainer(model, arguments, data=data, collator=collator, run=run)
         if settings.tensorboard and main:
             trainer.add_callback(TensorBoardCallback(_summary_writer(run.tensorboard)))
-        train_with_progress(trainer, "pretraining", resume_from=run.rewind())
+        train_with_progress(trainer, "pretraining", resume_from=newest)
         weights_now = trainer.accelerator.get_state_dict(trainer.model)  # of all ranks together, where they are sharded
         if main:
             with whole_directory(out) as partial, quiet_transformers():
                 model.save(partial, weights_now)
                 save_tokenizer(tokenizer, partial)
                 run.keep_log(partial)
-    except BaseException as error:
-        # Kept is what can be resumed, or tells what went wrong.
-        if main and not (resume or run.checkpoints() or isinstance(error, TrainingError)):
-            run.remove()
-        raise
     processes.wait_for_everyone()
     report = PretrainingReport(counts=pieces.counts, fill=data.fill, log=run.read_log())
     processes.wait_for_everyone()
@@ -240,7 +236,6 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
-        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
     )
