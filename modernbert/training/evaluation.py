@@ -110,10 +110,8 @@ def retrieval_metrics(queries: Vectors, documents: Vectors, judged: RetrievalSet
             gains[documents_by_name[document]] = gain
         found, best = gains[ranking], np.sort(gains)[::-1][:10]
         relevant = np.count_nonzero(gains)
-        sums += (
-            found[:10] @ discount[: len(found)] / (best @ discount[: len(best)]),
-            *(np.count_nonzero(found[:first]) / relevant for first in (1, 10, 100)),
-        )
+        sums[0] += found[:10] @ discount[: len(found)] / (best @ discount[: len(best)])
+        sums[1:] += [np.count_nonzero(found[:first]) / relevant for first in (1, 10, 100)]
     ndcg, *recalls = (float(value) for value in sums / len(queries))
     return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_1=recalls[0], recall_at_10=recalls[1], recall_at_100=recalls[2])
 
