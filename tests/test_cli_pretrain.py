@@ -7,11 +7,15 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 import transformers
 from conftest import write_checkpoint
 
 from modernbert.cli.main import main
 from modernbert.data.tokenizer import load_tokenizer
+from modernbert.model import ModernBertForMaskedLM
+from modernbert.tiling import tile
+from modernbert.training.pretrain import config_for
 from modernbert.training.trainer import PretrainingTrainer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -75,7 +79,7 @@ def test_tokenizer_train_refuses_bad_input(run: Run, tmp_path: Path) -> None:
 
 def pretrain(run: Run, data: Path, tokenizer: Path, out: Path, *options: object) -> tuple[int, str, str]:
     size = ["--max-steps", 2, "--batch-tokens", 128, "--max-length", 64]
-    preset = () if "--model" in options else ("--preset", "tiny")
+    preset = () if {"--model", "--preset"} & set(options) else ("--preset", "tiny")
     return run("pretrain", "--data", data, "--tokenizer", tokenizer, "--out", out, *preset, *size, *options)
 
 
@@ -100,6 +104,35 @@ def test_pretrain_then_extend_then_open_in_stock_transformers(
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "second")
     assert type(model) is transformers.ModernBertForMaskedLM
     assert model.config.rope_parameters["full_attention"]["rope_theta"] == 20000
+
+
+def test_a_larger_model_starts_from_a_smaller_one(run: Run, corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    small = config_for(
+        load_tokenizer(tokenizer), "tiny", hidden_size=128, num_attention_heads=2, norm_eps=1e-6, decoder_bias=True
+    )
+    ModernBertForMaskedLM(small).save_pretrained(tmp_path / "small")
+    code, _, told = pretrain(
+        # Rates of 1e-9 leave the weights as they were to begin with.
+        run, corpus, tokenizer, tmp_path / "out", "--preset", "17m", "--tile-from", tmp_path / "small",
+        "--learning-rate", 1e-9,
+    )  # fmt: skip
+    assert code == 0, told
+    model = ModernBertForMaskedLM.from_pretrained(tmp_path / "out")
+    sizes = model.config.num_hidden_layers, model.config.hidden_size, model.config.num_attention_heads
+    assert (*sizes, model.config.norm_eps) == (7, 256, 4, 1e-6)
+    want = tile(ModernBertForMaskedLM.from_pretrained(tmp_path / "small"), model.config).state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, want[name], atol=1e-6, rtol=0)
+    for options, named in (
+        (("--preset", "tiny"), "head_dim must be 64"),
+        (("--preset", "huge"), "preset must be one of"),
+        (("--preset", "17m", "--num-global-tokens", 2), "for a model from nothing"),
+        (("--model", tmp_path / "small"), "--tile-from is for a new model"),
+    ):
+        code, _, told = pretrain(run, corpus, tokenizer, tmp_path / "bad", *options, "--tile-from", tmp_path / "small")
+        assert code == 2
+        assert named in told.splitlines()[-1], told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
 
 
 def test_pretrain_refuses_bad_input_and_writes_nothing(

@@ -44,7 +44,7 @@ def test_demo_goes_the_whole_way(stdlib: Path, tmp_path: Path, capsys: pytest.Ca
     with Embedder.load(out / "bundle") as embedder:
         assert embedder.embed(["a file", "a socket"]).shape == (2, 32)
     shown, progress = capsys.readouterr()
-    for part in ("untrained", "trained, exported to ONNX", "by chance", "max abs error", "tokens/s"):
+    for part in ("untrained", "trained, exported to ONNX", "by chance", "parity error", "tokens/s"):
         assert part in shown
     assert "6/6" in progress
     assert not any(

@@ -18,10 +18,10 @@ from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM, ModernBertModel
 from modernbert.output import whole_directory
 from modernbert.training.embedder import sentence_transformer
+from modernbert.training.evaluation import one_to_one, retrieval_metrics
 from modernbert.training.finetune import finetune
 from modernbert.training.pairs import read_pairs
 from modernbert.training.pretrain import config_for, pretrain
-from modernbert.training.retrieval import retrieval_scores
 from modernbert.training.settings import PretrainSettings
 
 TOPICS = ["river water fish boat", "engine wheel road car", "bread flour oven salt", "star moon planet sky"]
@@ -110,9 +110,10 @@ def test_pretrained_directory_opens_in_stock_transformers(pretrained: Path) -> N
 
 
 def test_finetuning_raises_recall(pretrained: Path, finetuned: Path) -> None:
-    pairs = toy_pairs(range(64))
+    pairs, columns = toy_pairs(range(64)), ("anchor", "positive")
+    texts = [pairs[column] for column in columns]
     before, after = (
-        retrieval_scores(*(embedder.encode(pairs[column]) for column in ("anchor", "positive"))).recall_at_1
+        retrieval_metrics(*(embedder.encode(pairs[column]) for column in columns), one_to_one(*texts)).recall_at_1
         for embedder in (sentence_transformer(pretrained), sentence_transformer(finetuned))
     )
     assert before < 0.2

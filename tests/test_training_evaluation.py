@@ -17,6 +17,7 @@ from modernbert.training.embedder import sentence_transformer
 from modernbert.training.evaluation import (
     RetrievalSet,
     normalized,
+    one_to_one,
     read_retrieval_set,
     retrieval_metrics,
     spearman,
@@ -55,6 +56,7 @@ def test_graded_ndcg_is_scikit_learns() -> None:
     got = retrieval_metrics(queries, documents, judged)
     assert got.ndcg_at_10 == pytest.approx(ndcg_score(gains, cosines, k=10), abs=1e-6)
     found = np.take_along_axis(gains, np.argsort(-cosines, axis=1), axis=1) > 0
+    assert got.recall_at_1 == pytest.approx((found[:, :1].sum(1) / 15).mean())
     assert got.recall_at_10 == pytest.approx((found[:, :10].sum(1) / 15).mean())
     assert got.recall_at_100 == pytest.approx((found[:, :100].sum(1) / 15).mean())
     assert 0 < got.recall_at_10 < got.recall_at_100 < 1
@@ -71,6 +73,17 @@ def test_a_perfect_ranking_scores_1_and_the_worst_0() -> None:
     assert (ties.ndcg_at_10, ties.recall_at_10, ties.recall_at_100) == (0, 0, 1)
 
 
+def test_one_text_for_each_title() -> None:
+    judged = one_to_one([f"title {i}" for i in range(20)], [f"text {i}" for i in range(20)])
+    queries = np.eye(20, dtype=np.float32)
+    queries[0] += 2 * queries[1]  # its own text comes second
+    queries[2] += 2 * queries[3:13].sum(0)  # eleventh
+    scores = retrieval_metrics(queries, np.eye(20, dtype=np.float32), judged)
+    assert scores.recall_at_1 == pytest.approx(18 / 20)
+    assert scores.recall_at_10 == pytest.approx(19 / 20)
+    assert scores.ndcg_at_10 == pytest.approx((18 + 1 / np.log2(3)) / 20)
+
+
 def test_binary_metrics_are_sentence_transformers_own(checkpoint: Path) -> None:
     judged = random_set(120, 15, [1])
     model = sentence_transformer(checkpoint, query_prompt="q ")
@@ -78,7 +91,7 @@ def test_binary_metrics_are_sentence_transformers_own(checkpoint: Path) -> None:
         dict(judged.queries),
         dict(judged.documents),
         {query: set(gains) for query, gains in judged.gains.items()},
-        precision_recall_at_k=[10, 100],
+        precision_recall_at_k=[1, 10, 100],
         truncate_dim=16,
         write_csv=False,
     )(model)
@@ -86,6 +99,7 @@ def test_binary_metrics_are_sentence_transformers_own(checkpoint: Path) -> None:
     documents = truncated(model.encode_document(list(judged.documents.values())), 16)
     got = retrieval_metrics(queries, documents, judged)
     assert got.ndcg_at_10 == pytest.approx(peer["cosine_ndcg@10"], abs=1e-6)
+    assert got.recall_at_1 == pytest.approx(peer["cosine_recall@1"], abs=1e-6)
     assert got.recall_at_10 == pytest.approx(peer["cosine_recall@10"], abs=1e-6)
     assert got.recall_at_100 == pytest.approx(peer["cosine_recall@100"], abs=1e-6)
 
@@ -208,7 +222,7 @@ def test_command_scores_a_checkpoint_and_its_bundle_alike(
     code, out, _ = run(checkpoint, *retrieval)
     assert not code
     assert "ndcg@10" in out
-    assert "10 queries, 60 documents" in out
+    assert "10 queries, 60 documents" in " ".join(out.split())
     for arguments, message in (
         ((checkpoint,), "exactly one of --retrieval and --pairs"),
         ((checkpoint, *retrieval, "--matryoshka", "49"), "size must be from 1 to 48"),

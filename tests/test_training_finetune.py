@@ -129,20 +129,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 
     with pytest.raises(InputError, match="no run to resume"):
         finetune(checkpoint, tuples(20), tmp_path / "out", **settings, resume=True)
-    stopped(1, resume=False)  # before the first checkpoint: it goes on from the beginning
-    stopped(5, resume=True)
+    stopped(1, resume=False)  # before the first checkpoint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+    stopped(5, resume=False)
     stopped(7, resume=True)
     left = tmp_path / "out.run"
-    assert sorted(path.name for path in left.glob("[!.]*")) == ["checkpoint-4", "checkpoint-6", "settings.json"]
+    assert sorted(path.name for path in left.iterdir()) == ["checkpoint-4", "checkpoint-6", "settings.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.run", "whole"]
 
-    with pytest.raises(InputError, match="unfinished run; resume it, or remove it"):
+    with pytest.raises(InputError, match="unfinished run; continue it with --resume or remove it"):
         finetune(checkpoint, tuples(20), tmp_path / "out", **settings)
     with pytest.raises(InputError, match="seed was 0 when"):
         finetune(checkpoint, tuples(20), tmp_path / "out", **settings, seed=1, resume=True)
     with pytest.raises(InputError, match="pairs was"):
         finetune(checkpoint, tuples(19), tmp_path / "out", **settings, resume=True)
-    (left / ".incomplete" / "checkpoint-8").mkdir()  # as a process killed while saving leaves it
+    (left / "partial" / "checkpoint-8").mkdir(parents=True)  # as a process killed while saving leaves it
 
     got = finetune(checkpoint, tuples(20), tmp_path / "out", **settings, resume=True)
     assert got.losses == want.losses

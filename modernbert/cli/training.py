@@ -35,6 +35,9 @@ def pretrain(
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.")],
     preset: Annotated[str | None, typer.Option(help="Size of a new model: large, base, 68m, 32m, 17m or tiny.")] = None,
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="Model to train further, not a new one.")] = None,
+    tile_from: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Smaller model that a new one starts from, as large from base.")
+    ] = None,
     global_theta: Annotated[
         float | None,
         typer.Option(help="Rotary theta of global layers: 10000 for 1,024 tokens, 160000 for 8,192."),
@@ -70,8 +73,10 @@ def pretrain(
     """Pretrain on text: masked language modelling and sentence ordering. Start it with torchrun for many devices."""
     if (preset is None) == (model is None):
         raise InputError("give one of --preset, for a new model, and --model, to train one further")
-    if preset is None and num_global_tokens:
-        raise InputError("--num-global-tokens is for a new model, with --preset; --model has those it was made with")
+    if model is not None and tile_from is not None:
+        raise InputError("--tile-from is for a new model, with --preset; --model has weights of its own")
+    if num_global_tokens and (model or tile_from):
+        raise InputError("--num-global-tokens is for a model from nothing; others have those that they were made with")
     quiet_libraries()
     from accelerate import PartialState
 
@@ -104,15 +109,19 @@ def pretrain(
     )
     documents = open_documents(data, field=field, text_unit=text_unit)  # type: ignore[arg-type]
     loaded = load_tokenizer(tokenizer)
-    if model is None:
+    if model is not None:
+        config = training.extended(model, max_length=max_length, global_theta=global_theta)
+    else:
         overrides: dict[str, Any] = {"num_global_tokens": num_global_tokens} if num_global_tokens else {}
-        config = training.config_for(loaded, str(preset), **overrides)
+        config = (
+            training.enlarged(tile_from, str(preset))
+            if tile_from
+            else training.config_for(loaded, str(preset), **overrides)
+        )
         if global_theta is not None:
             config = training.with_global_theta(config, global_theta)
-    else:
-        config = training.extended(model, max_length=max_length, global_theta=global_theta)
     report = training.pretrain(
-        config, loaded, documents, out, settings, weights=model, resume=resume, tell=console.print
+        config, loaded, documents, out, settings, weights=model, tile_from=tile_from, resume=resume, tell=console.print
     )
     processes = PartialState()
     if processes.is_main_process:

@@ -35,6 +35,7 @@ class RetrievalMetrics:
     """Means over the queries, each from 0 to 1: nDCG of the first ten, and shares of relevant documents found."""
 
     ndcg_at_10: float
+    recall_at_1: float
     recall_at_10: float
     recall_at_100: float
 
@@ -77,6 +78,16 @@ def read_retrieval_set(directory: Path, *, irrelevant_grade: float = 0) -> Retri
     return RetrievalSet(documents=documents, queries={name: queries[name] for name in gains}, gains=gains)
 
 
+def one_to_one(queries: Sequence[str], documents: Sequence[str]) -> RetrievalSet:
+    """The set in which query i should find document i and nothing else."""
+    names = [str(index) for index in range(len(queries))]
+    return RetrievalSet(
+        documents=dict(zip(names, documents, strict=True)),
+        queries=dict(zip(names, queries, strict=True)),
+        gains={name: {name: 1.0} for name in names},
+    )
+
+
 def retrieval_metrics(queries: Vectors, documents: Vectors, judged: RetrievalSet) -> RetrievalMetrics:
     """Ranks all documents for every query by cosine and compares with the judgements.
 
@@ -91,7 +102,7 @@ def retrieval_metrics(queries: Vectors, documents: Vectors, judged: RetrievalSet
     documents_by_name = {name: index for index, name in enumerate(judged.documents)}
     queries, documents = normalized(queries), normalized(documents)
     discount = 1 / np.log2(np.arange(2, 12))
-    sums = np.zeros(3)
+    sums = np.zeros(4)
     for name, query in zip(judged.queries, queries, strict=True):
         ranking = np.argsort(-(documents @ query), kind="stable")[:100]
         gains = np.zeros(len(documents))
@@ -99,13 +110,10 @@ def retrieval_metrics(queries: Vectors, documents: Vectors, judged: RetrievalSet
             gains[documents_by_name[document]] = gain
         found, best = gains[ranking], np.sort(gains)[::-1][:10]
         relevant = np.count_nonzero(gains)
-        sums += (
-            found[:10] @ discount[: len(found)] / (best @ discount[: len(best)]),
-            np.count_nonzero(found[:10]) / relevant,
-            np.count_nonzero(found) / relevant,
-        )
-    ndcg, recall_10, recall_100 = (float(value) for value in sums / len(queries))
-    return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_10=recall_10, recall_at_100=recall_100)
+        sums[0] += found[:10] @ discount[: len(found)] / (best @ discount[: len(best)])
+        sums[1:] += [np.count_nonzero(found[:first]) / relevant for first in (1, 10, 100)]
+    ndcg, *recalls = (float(value) for value in sums / len(queries))
+    return RetrievalMetrics(ndcg_at_10=ndcg, recall_at_1=recalls[0], recall_at_10=recalls[1], recall_at_100=recalls[2])
 
 
 def spearman(first: Vectors, second: Vectors, scores: Sequence[float]) -> float:

@@ -37,11 +37,11 @@ from modernbert.data.tokenizer import save_tokenizer
 from modernbert.errors import InputError, TrainingError
 from modernbert.model import AttentionName
 from modernbert.output import require_absent, whole_directory
-from modernbert.training.checkpoints import Checkpoints
 from modernbert.training.embedder import document_prompt_name, sentence_transformer
 from modernbert.training.pairs import checked_pairs
 from modernbert.training.pretrain import TrainingReport
 from modernbert.training.progress import quiet_transformers, train_with_progress
+from modernbert.training.run_directory import RunDirectory, WholeCheckpoints
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -274,19 +274,13 @@ def _run_directory(
 ) -> Iterator[tuple[Path, Path | None, list[TrainerCallback]]]:
     """Where Trainer writes, the checkpoint to go on from, and the callback that keeps checkpoints.
 
-    They outlive a run that fails or is killed, and go with one that is done, or that had none yet when it failed for
-    its input.
+    Without checkpoints there is nothing to go on from, and no directory beside `out`.
     """
     if not wanted and not resume:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch), None, []
         return
-    checkpoints = Checkpoints(out)
-    newest = checkpoints.begin(settings, resume=resume)
-    try:
-        yield checkpoints.staging, newest, [checkpoints]
-    except (InputError, TrainingError):
-        if not checkpoints.steps():
-            checkpoints.remove()
-        raise
-    checkpoints.remove()
+    run = RunDirectory(out)
+    with run.opened(settings, resume=resume):
+        yield run.partial, run.newest_checkpoint(), [WholeCheckpoints(run)]
+    run.remove()

@@ -25,10 +25,11 @@ from modernbert.data.documents import Document
 from modernbert.data.packed import Collator, PackedPieces, special_tokens
 from modernbert.data.pieces import Counts, Pieces, write_pieces
 from modernbert.data.tokenizer import rounded_vocab_size, save_tokenizer
-from modernbert.errors import InputError, TrainingError
+from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM
 from modernbert.output import whole_directory
 from modernbert.sentence_order import ModernBertForPreTraining, load_masked_lm
+from modernbert.tiling import tile
 from modernbert.training.optimizer import schedule_arguments
 from modernbert.training.progress import quiet_transformers, train_with_progress
 from modernbert.training.run_directory import RunDirectory
@@ -105,6 +106,17 @@ def extended(model: Path, *, max_length: int | None = None, global_theta: float 
     return extended if global_theta is None else with_global_theta(extended, global_theta)
 
 
+def enlarged(model: Path, preset: str) -> ModernBertConfig:
+    """The configuration of a larger model that shall start from this one: all but the sizes is as it is here.
+
+    Raises:
+        InputError: there is no ModernBERT, or no such preset.
+    """
+    small, large = load_config(model), ModernBertConfig.preset(preset)
+    grown = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_types")
+    return ModernBertConfig.from_dict({**small.to_dict(), **{name: getattr(large, name) for name in grown}})
+
+
 def with_global_theta(config: ModernBertConfig, theta: float) -> ModernBertConfig:
     """The same with another base of the rotary frequencies in global layers.
 
@@ -142,6 +154,7 @@ def pretrain(
     settings: PretrainSettings,
     *,
     weights: Path | None = None,
+    tile_from: Path | None = None,
     resume: bool = False,
     tell: Callable[[str], None] = lambda message: None,
 ) -> PretrainingReport:
@@ -151,12 +164,13 @@ def pretrain(
     be resumed; that directory is removed in the end. Processes that torchrun started share the work.
 
     Args:
-        config: of the model; see `config_for` and `extended`.
+        config: of the model; see `config_for`, `extended` and `enlarged`.
         tokenizer: turns the documents into tokens.
         documents: read once, as far as the steps can use them, and not again when a run is resumed.
         out: directory to create.
         settings: see there.
         weights: directory of a model to train further; new weights when absent.
+        tile_from: directory of a smaller model whose weights are tiled (`modernbert.tiling`) in place of new ones.
         resume: continue the run that stands beside `out`, from its last checkpoint.
         tell: told what is being done before the steps begin.
 
@@ -174,34 +188,30 @@ def pretrain(
     )
     run, processes = RunDirectory(out), PartialState(cpu=_on_cpu())
     main = processes.is_main_process
-    arguments = _training_arguments(settings, run.path, processes.num_processes)
-    model = _joint_model(config, weights, settings)
-    if main:
-        run.open({**settings.that_decide(), **_identity(config, tokenizer, weights)}, resume=resume)
-    try:
+    arguments = _training_arguments(settings, run.partial, processes.num_processes)
+    model = _joint_model(config, weights, tile_from, settings)
+    identity = {**settings.that_decide(), **_identity(config, tokenizer, weights, tile_from)}
+    with run.opened(identity, resume=resume, main=main):
         if main:
             _write_data(documents, tokenizer, run, settings, tell)
         processes.wait_for_everyone()
         pieces = Pieces(run.data)
         data = PackedPieces(pieces, settings.max_length, settings.sop_segments)
+        newest = run.newest_checkpoint()
         if main:
             bins = f"{len(data):,} bins of {settings.max_length:,} tokens, {data.fill:.1%} filled"
             tell(f"{pieces.counts}; {bins}")
+            run.rewind_log(newest)
         trainer = PretrainingTrainer(model, arguments, data=data, collator=collator, run=run)
         if settings.tensorboard and main:
             trainer.add_callback(TensorBoardCallback(_summary_writer(run.tensorboard)))
-        train_with_progress(trainer, "pretraining", resume_from=run.rewind())
+        train_with_progress(trainer, "pretraining", resume_from=newest)
         weights_now = trainer.accelerator.get_state_dict(trainer.model)  # of all ranks together, where they are sharded
         if main:
             with whole_directory(out) as partial, quiet_transformers():
                 model.save(partial, weights_now)
                 save_tokenizer(tokenizer, partial)
                 run.keep_log(partial)
-    except BaseException as error:
-        # Kept is what can be resumed, or tells what went wrong.
-        if main and not (resume or run.checkpoints() or isinstance(error, TrainingError)):
-            run.remove()
-        raise
     processes.wait_for_everyone()
     report = PretrainingReport(counts=pieces.counts, fill=data.fill, log=run.read_log())
     processes.wait_for_everyone()
@@ -240,7 +250,6 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
-        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
     )
@@ -253,11 +262,16 @@ def _training_arguments(settings: PretrainSettings, directory: Path, ranks: int)
 
 
 def _joint_model(
-    config: ModernBertConfig, weights: Path | None, settings: PretrainSettings
+    config: ModernBertConfig, weights: Path | None, tile_from: Path | None, settings: PretrainSettings
 ) -> ModernBertForPreTraining:
     transformers.set_seed(settings.seed)
     with quiet_transformers():
-        masked_lm = ModernBertForMaskedLM(config) if weights is None else load_masked_lm(weights, config)
+        if weights is not None:
+            masked_lm = load_masked_lm(weights, config)
+        elif tile_from is not None:
+            masked_lm = tile(load_masked_lm(tile_from, load_config(tile_from)), config)
+        else:
+            masked_lm = ModernBertForMaskedLM(config)
     masked_lm.set_attention(settings.attention)
     if settings.gradient_checkpointing:
         # transformers 5.23 renamed it; older ones know the old name alone.
@@ -298,10 +312,10 @@ def _summary_writer(directory: Path) -> Any:
 
 
 def _identity(
-    config: ModernBertConfig, tokenizer: PreTrainedTokenizerFast, weights: Path | None
+    config: ModernBertConfig, tokenizer: PreTrainedTokenizerFast, weights: Path | None, tile_from: Path | None
 ) -> dict[str, str | int | float | None]:
     """What model and tokenizer a run is about."""
     bookkeeping = {"architectures", "dtype", "transformers_version", "_name_or_path"}
     fields = {f"config.{name}": value for name, value in config.to_dict().items() if name not in bookkeeping}
     tokens = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    return {**fields, "tokenizer": tokens, "weights": str(weights)}
+    return {**fields, "tokenizer": tokens, "weights": str(weights), "tile_from": str(tile_from)}

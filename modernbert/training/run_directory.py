@@ -1,8 +1,9 @@
-"""What a training run keeps beside its output until it is done: text in pieces, checkpoints, the log.
+"""What a training run keeps beside its output until it is done: settings, checkpoints, and what pretraining adds.
 
 OUT.run/settings.json     what was asked for: a run continues with the same or not at all
-OUT.run/data/             pieces of the corpus, memory-mapped
 OUT.run/checkpoint-N/     whole, because it is renamed into place
+OUT.run/partial/          where Trainer writes a checkpoint before that
+OUT.run/data/             pieces of the corpus, memory-mapped
 OUT.run/log.jsonl         one line per logged step
 OUT.run/tensorboard/      the same for TensorBoard
 OUT.run/diverged.json     the documents of the batch whose loss was not a number
@@ -10,48 +11,70 @@ OUT.run/diverged.json     the documents of the batch whose loss was not a number
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from modernbert.errors import InputError
-from modernbert.output import require_absent
+from modernbert.output import require_absent, whole_directory
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class RunDirectory:
-    """The directory of one run. Only the first process writes to it."""
+    """The directory of one run. Only the first process writes to it; checkpoints are Trainer's matter."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out.absolute().with_name(f"{out.absolute().name}.run")
-        self.data, self.log = self.path / "data", self.path / "log.jsonl"
-        self.tensorboard = self.path / "tensorboard"
+        self.partial, self.data = self.path / "partial", self.path / "data"
+        self.log, self.tensorboard = self.path / "log.jsonl", self.path / "tensorboard"
         self.diverged, self._settings = self.path / "diverged.json", self.path / "settings.json"
 
-    def open(self, settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Makes the directory, or finds the one to continue.
+    @contextlib.contextmanager
+    def opened(self, settings: Mapping[str, Any], *, resume: bool, main: bool = True) -> Iterator[None]:
+        """Makes the directory, or finds the one to continue. It outlives a failure if a run could go on from it.
+
+        Args:
+            settings: what the result depends on, as JSON can hold it.
+            resume: continue a run that is there.
+            main: this is the first process; others leave the directory alone.
 
         Raises:
             InputError: `out` exists; a run is there already and shall not be resumed, none is there that could be, or
                 it was started with other settings.
         """
-        require_absent(self.out)
-        if not resume:
-            if self.path.exists():
-                raise InputError(f"{str(self.path)!r} holds an unfinished run; continue it with --resume or remove it")
-            try:
-                self.path.mkdir(parents=True)
-            except OSError as error:
-                raise InputError(
-                    f"out {str(self.out)!r} cannot be written: {error.strerror}; choose another directory"
-                ) from error
-            self._settings.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
-            return
+        if main:
+            require_absent(self.out)
+            if resume:
+                self._require_same(settings)
+                shutil.rmtree(self.partial, ignore_errors=True)  # of a process that was killed while it wrote
+            else:
+                self._make(settings)
+        try:
+            yield
+        except BaseException:
+            # Kept is what can be resumed, or tells what went wrong.
+            if main and not (resume or self.checkpoints() or self.diverged.exists()):
+                self.remove()
+            raise
+
+    def _make(self, settings: Mapping[str, Any]) -> None:
+        if self.path.exists():
+            raise InputError(f"{str(self.path)!r} holds an unfinished run; continue it with --resume or remove it")
+        with whole_directory(self.path) as partial:
+            text = json.dumps(settings, indent=2, sort_keys=True)
+            (partial / self._settings.name).write_text(text, encoding="utf-8")
+
+    def _require_same(self, settings: Mapping[str, Any]) -> None:
         try:
             before = json.loads(self._settings.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -69,13 +92,24 @@ class RunDirectory:
         steps = {int(found[1]): path for path in self.path.iterdir() if (found := _CHECKPOINT.fullmatch(path.name))}
         return [steps[step] for step in sorted(steps)]
 
-    def rewind(self) -> Path | None:
-        """The checkpoint to continue from, if there is one. The log forgets what came after it."""
-        checkpoint = self.checkpoints()[-1] if self.checkpoints() else None
+    def newest_checkpoint(self) -> Path | None:
+        """The one to continue from; None at the beginning of a run."""
+        return next(reversed(self.checkpoints()), None)
+
+    def keep_checkpoint(self, step: int, *, newest: int) -> None:
+        """Gives what Trainer wrote its name, and removes all but the `newest`."""
+        name = f"checkpoint-{step}"
+        os.rename(self.partial / name, self.path / name)
+        for old in self.checkpoints()[:-newest]:
+            # Renamed first, so that none is ever found in parts.
+            os.rename(old, self.partial / old.name)
+        shutil.rmtree(self.partial)
+
+    def rewind_log(self, checkpoint: Path | None) -> None:
+        """The log forgets what came after a checkpoint, or all."""
         step = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
         kept = [line for line in self.read_log() if line["step"] <= step]
         self.log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return checkpoint
 
     def read_log(self) -> tuple[dict[str, float], ...]:
         """The lines of the log. The last may be half a line, of a process that was killed, and is left out then."""
@@ -93,3 +127,23 @@ class RunDirectory:
     def remove(self) -> None:
         """Removes it all."""
         shutil.rmtree(self.path)
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Moves each checkpoint from `run.partial`, Trainer's `output_dir`, to its place once all processes wrote theirs.
+
+    Args:
+        run: where it belongs.
+        newest: how many remain.
+    """
+
+    def __init__(self, run: RunDirectory, *, newest: int = 2) -> None:
+        self.run, self.newest = run, newest
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer calls this when it has written one."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if args.should_save:
+            self.run.keep_checkpoint(state.global_step, newest=self.newest)
+        processes.wait_for_everyone()

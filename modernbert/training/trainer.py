@@ -1,4 +1,4 @@
-"""transformers' Trainer with what pretraining adds: two losses, StableAdamW, whole checkpoints, a stop at NaN.
+"""transformers' Trainer with what pretraining adds: two losses, StableAdamW, a log, a stop at NaN.
 
 The loss of a step is a mean over all labels of the step, whatever the ranks and micro-batches that share them.
 """
@@ -6,11 +6,8 @@ The loss of a step is a mean over all labels of the step, whatever the ranks and
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,7 @@ from modernbert.errors import TrainingError
 from modernbert.sentence_order import ModernBertForPreTraining, order_accuracy
 from modernbert.training.flops import matrix_rate, training_flops
 from modernbert.training.optimizer import stable_adamw
-from modernbert.training.run_directory import RunDirectory
+from modernbert.training.run_directory import RunDirectory, WholeCheckpoints
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,7 +30,7 @@ class PretrainingTrainer(Trainer):
 
     Args:
         model: joint model.
-        args: `max_steps`, batch size in bins and so on; `output_dir` is the run's directory.
+        args: `max_steps`, batch size in bins and so on; `output_dir` is `run.partial`.
         data: the bins.
         collator: makes batches of them.
         run: where the log and the documents of a diverged batch go.
@@ -48,7 +45,8 @@ class PretrainingTrainer(Trainer):
         collator: Collator,
         run: RunDirectory,
     ) -> None:
-        super().__init__(model, args, data_collator=collator, train_dataset=data)
+        callbacks = [WholeCheckpoints(run)]
+        super().__init__(model, args, data_collator=collator, train_dataset=data, callbacks=callbacks)
         self._config, self._run = model.config, run
         self._matrix_rate = matrix_rate(args.device, _DTYPES.get(self.precision, torch.float32)) * args.world_size
         self._sums = torch.zeros(4, dtype=torch.float64)  # masked-LM loss, ordering loss, orders, right ones
@@ -133,7 +131,7 @@ class PretrainingTrainer(Trainer):
             f"{str(self._run.diverged)!r}); start again with a lower learning rate or without these documents"
         )
 
-    # Log and checkpoints
+    # Log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the losses' parts, the ordering accuracy, speed and utilisation to what Trainer logs."""
@@ -154,22 +152,3 @@ class PretrainingTrainer(Trainer):
             with self._run.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
         del self.state.log_history[:-1]  # the file has them; checkpoints would grow with the run
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where Trainer writes a checkpoint: not where it will be found before it is whole."""
-        return os.path.join(self.args.output_dir, "partial")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        partial, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            os.rename(partial / name, self._run.path / name)
-            for old in self._run.checkpoints()[: -self.args.save_total_limit]:
-                # Renamed first, so that none is ever found in parts.
-                os.rename(old, partial / old.name)
-            shutil.rmtree(partial)
-        self.accelerator.wait_for_everyone()
