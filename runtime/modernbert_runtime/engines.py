@@ -9,11 +9,12 @@ from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.cuda_device import find_gpus
 from modernbert_runtime.engine import Engine
 from modernbert_runtime.errors import BundleError, EngineError, InputError, one_line
-from modernbert_runtime.gpu_engines import PLAN_GRAPHS, FoundPlans, bundle_plans, open_plans, open_profiled
+from modernbert_runtime.gpu_engines import FoundPlans, bundle_plans, open_plans, open_profiled
 from modernbert_runtime.manifest import Artifact
 from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine, load_onnxruntime
 from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, cuda_options, provider_names
 from modernbert_runtime.openvino_engine import OpenVinoEngine
+from modernbert_runtime.plan_store import PLAN_GRAPHS
 
 EngineName = Literal["auto", "onnxruntime", "openvino", "tensorrt"]
 
@@ -155,7 +156,7 @@ def _choose_gpu(bundle: Bundle, precision: str | None) -> tuple[_Choice | None, 
 
 def _onnxruntime_artifact(bundle: Bundle, providers: Sequence[str], precision: str | None) -> Artifact:
     if providers[0] == TENSORRT:
-        targets: tuple[str, ...] = (*PLAN_GRAPHS, "portable")
+        targets: tuple[str, ...] = (PLAN_GRAPHS[-1], "portable")
     else:
         targets = ("ort-cuda", "portable") if tuple(providers) != (CPU,) else ("portable",)
     return _artifact(bundle, targets, precision)

@@ -14,12 +14,9 @@ from modernbert_runtime.manifest import Artifact
 from modernbert_runtime.onnxruntime_engine import load_onnxruntime
 from modernbert_runtime.onnxruntime_providers import CUDA, TENSORRT, cuda_options, tensorrt_options
 from modernbert_runtime.onnxruntime_tensorrt import ProfiledEngine
-from modernbert_runtime.plan_store import Plans, PlanSource, find_plans, private_directory, user_cache
+from modernbert_runtime.plan_store import PLAN_GRAPHS, Plans, PlanSource, find_plans, private_directory, user_cache
 from modernbert_runtime.tensorrt_engine import TensorRtEngine, key_here
 from modernbert_runtime.tensorrt_plan import Profile, plan_profiles
-
-# The targets of `Profile.graph`.
-PLAN_GRAPHS = ("tensorrt", "tensorrt-dense")
 
 Session = Callable[[Artifact, Mapping[str, Mapping[str, str]]], Engine]
 

@@ -5,9 +5,9 @@ the record that the builder leaves in a directory that only this user writes to:
 
     ~/.cache/modernbert-deploy/tensorrt/<hash of the graphs>/<gpu>-sm<cc>-trt<version>-<precision>/plans.json
 
-The plans lie beside that record, or in `tensorrt/<same name>/` of the bundle if its manifest lists them; wherever they
-lie, they must have the sha256 of the record. Plans of a bundle that have no such record were built by somebody else and
-are refused, unless the caller says that the bundle is to be trusted.
+The plans lie beside that record, or in `tensorrt/<same name>/` of the bundle; wherever they lie, they must have the
+sha256 of the record. Plans of a bundle that have no such record were built by somebody else and are refused, unless
+the caller says that the bundle is to be trusted and its manifest lists them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from pathlib import Path
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import BundleError, EngineError, one_line
 from modernbert_runtime.manifest import Artifact
-from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, plan_profiles
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord
 
 FOLDER = "tensorrt"
+# The targets of `Profile.graph`, in the order in which their hashes are joined.
+PLAN_GRAPHS = ("tensorrt-dense", "tensorrt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,15 @@ class PlanSource:
 
     @classmethod
     def of(cls, bundle: Bundle, precision: str | None = None) -> PlanSource:
-        """The graphs that profiles up to the bundle's longest text need, in one precision; None is the first.
+        """The graphs in one precision; None is the first that the bundle has.
 
         Raises:
             BundleError: the bundle lacks one.
         """
-        targets = sorted({profile.graph for profile in plan_profiles(bundle.manifest.max_length)})
-        precision = precision or bundle.artifact(target=targets[0]).precision
-        artifacts = {target: bundle.artifact(target=target, precision=precision) for target in targets}
-        names = [name for one in artifacts.values() for name in (one.file, one.data_file) if name is not None]
+        precision = precision or bundle.artifact(target=PLAN_GRAPHS[0]).precision
+        artifacts = {target: bundle.artifact(target=target, precision=precision) for target in PLAN_GRAPHS}
+        weights = dict.fromkeys(one.data_file for one in artifacts.values() if one.data_file)
+        names = [*(one.file for one in artifacts.values()), *weights]
         hashes = "".join(bundle.manifest.files[name] for name in names)
         return cls(artifacts=artifacts, sha256=hashlib.sha256(hashes.encode()).hexdigest())
 
@@ -128,50 +130,60 @@ def find_plans(bundle: Bundle, source: PlanSource, here: PlanKey, *, trust_bundl
         EngineError: there are none; the message says why each that was found will not do.
         BundleError: a plan of the bundle is not what its manifest lists.
     """
-    refused = []
-    own = user_cache() / FOLDER / source.sha256
-    for directory in sorted(path.parent for path in own.glob(f"*/{RECORD_NAME}")):
+    refused: list[str] = []
+    plans = _own(bundle, source, here, refused) or _of_bundle(bundle, here, refused, trust_bundle=trust_bundle)
+    if plans is None:
+        why = "; ".join(refused) or f"this user has built none: {str(user_cache() / FOLDER)!r} has no record of them"
+        raise EngineError(f"no TensorRT plans of this bundle that fit this machine ({why}): build them on it")
+    return plans
+
+
+def _own(bundle: Bundle, source: PlanSource, here: PlanKey, refused: list[str]) -> Plans | None:
+    """Plans with a record of this user's, else None and the reasons in `refused`."""
+    for file in sorted((user_cache() / FOLDER / source.sha256).glob(f"*/{RECORD_NAME}")):
+        directory = file.parent
         try:
             _check_private(directory)
             record = PlanRecord.read(directory)
-            if stale := _unfit(record, here, bundle.manifest.max_length):
-                refused.append(f"{directory.name}: {'; '.join(stale)}")
-            elif all((directory / name).is_file() for name in record.files):
-                return Plans(record=record, directory=directory)
-            else:
-                return Plans(record=record, directory=_directory_in(bundle, directory.name, record))
         except (BundleError, EngineError) as error:
             refused.append(one_line(error))
-    for listed in sorted(bundle.manifest.files):
-        folder, _, name = listed.rpartition("/")
-        if not folder.startswith(f"{FOLDER}/") or name != RECORD_NAME:
             continue
+        if unfit := _unfit(record, here, bundle):
+            refused.append(f"{directory.name}: {'; '.join(unfit)}")
+            continue
+        for place in (directory, bundle.root / FOLDER / directory.name):
+            if all((place / name).is_file() for name in record.files):
+                return Plans(record=record, directory=place)
+        refused.append(f"{directory.name}: the plans themselves are gone")
+    return None
+
+
+def _of_bundle(bundle: Bundle, here: PlanKey, refused: list[str], *, trust_bundle: bool) -> Plans | None:
+    """Plans that a trusted bundle lists, else None and the reasons in `refused`."""
+    for file in sorted((bundle.root / FOLDER).glob(f"*/{RECORD_NAME}")):
+        folder = f"{FOLDER}/{file.parent.name}"
         if not trust_bundle:
             refused.append(
-                f"{folder} of the bundle was built by somebody else, and plans are machine code: build them here, or "
-                "pass engine_options={'trust_bundle_plans': '1'} if you trust whoever wrote the bundle"
+                f"{folder} of the bundle is not known to be built by this user, and plans are machine code: build them "
+                "here, or pass engine_options={'trust_bundle_plans': '1'} if you trust whoever wrote the bundle"
             )
             continue
-        record = PlanRecord.read(bundle.path_of(listed).parent)
-        if stale := _unfit(record, here, bundle.manifest.max_length):
-            refused.append(f"{folder}: {'; '.join(stale)}")
-        else:
-            return Plans(record=record, directory=_directory_in(bundle, folder.removeprefix(f"{FOLDER}/"), record))
-    why = "; ".join(refused) or f"none were built by this user, in {str(own)!r}"
-    raise EngineError(f"no TensorRT plans of this bundle that fit this machine ({why}): build them on it")
+        record = PlanRecord.read(bundle.path_of(f"{folder}/{RECORD_NAME}").parent)
+        if unfit := _unfit(record, here, bundle):
+            refused.append(f"{folder}: {'; '.join(unfit)}")
+            continue
+        plans = [bundle.path_of(f"{folder}/{name}") for name in record.files]
+        return Plans(record=record, directory=plans[0].parent)
+    return None
 
 
-def _unfit(record: PlanRecord, here: PlanKey, max_length: int) -> list[str]:
+def _unfit(record: PlanRecord, here: PlanKey, bundle: Bundle) -> list[str]:
+    """Why plans are not for this machine or not for this bundle."""
+    max_length = bundle.manifest.max_length
     reasons = record.key.differences(here, ignore=("profiles", "flags"))
     if (longest := max(profile.max_length for profile in record.key.profiles)) < max_length:
         reasons.append(f"its profiles end at {longest} tokens, the bundle takes {max_length}")
     return reasons
-
-
-def _directory_in(bundle: Bundle, folder: str, record: PlanRecord) -> Path:
-    """The folder of a bundle that holds the plans of a record, each listed in the manifest."""
-    paths = [bundle.path_of(f"{FOLDER}/{folder}/{name}") for name in record.files]
-    return paths[0].parent
 
 
 def _check_private(directory: Path) -> None:
