@@ -153,7 +153,7 @@ def test_precision_of_what_runs_is_logged(openvino: Any, root: Path, caplog: pyt
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"engine": "tensorrt"}, EngineError, "engine='tensorrt' is not in this release: use engine='onnxruntime'"),
+        ({"engine": "tensorrt"}, BundleError, "no artifact any/any|no artifact tensorrt-dense/any"),
         ({"engine": "openvino", "providers": [CPU]}, InputError, "providers belong to engine='onnxruntime'"),
         ({"engine": "openvino", "max_memory": "9GB"}, InputError, "max_memory is kept by engine='onnxruntime' only"),
         ({"engine": "onnxruntime", "precision": "bf16"}, BundleError, "no artifact portable/bf16"),

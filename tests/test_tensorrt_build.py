@@ -14,6 +14,8 @@ import pytest
 from modernbert.errors import InputError
 from modernbert_export.tensorrt import build
 from modernbert_export.tensorrt.build import build_plans, onnx_hash, run_cancellable
+from modernbert_runtime import tensorrt_engine
+from modernbert_runtime.plan_store import plan_directory
 from modernbert_runtime.tensorrt_plan import PlanRecord, plan_profiles
 
 PROFILES = plan_profiles(2048)
@@ -105,7 +107,9 @@ class TensorRt:
 
 def make(trt: TensorRt, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlanRecord:
     monkeypatch.setattr(build, "load_tensorrt", lambda: trt)
-    monkeypatch.setattr(build, "device_here", lambda: ("Test GPU", "9.0"))
+    monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda: trt)
+    monkeypatch.setattr(tensorrt_engine, "device_here", lambda: ("Test GPU", "9.0"))
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{out.parent}-cache")
     graphs = {"tensorrt": Path("long.onnx"), "tensorrt-dense": Path("short.onnx")}
     return build_plans(graphs, out, profiles=PROFILES, precision="fp16", onnx_sha256="0" * 64, **options)
 
@@ -116,6 +120,7 @@ def test_each_graph_becomes_a_plan_with_its_profiles(tmp_path: Path, monkeypatch
     record = make(trt, tmp_path / "plans", monkeypatch, workspace_bytes=123, timing_cache=cache)
     assert PlanRecord.read(tmp_path / "plans") == record
     assert record.load(tmp_path / "plans", "tensorrt.plan") == b"plan"
+    assert PlanRecord.read(plan_directory(record.key)) == record
     assert (record.key.gpu, record.key.compute_capability, record.key.flags) == ("Test GPU", "9.0", ("workspace=123",))
     assert trt.parsed == ["short.onnx", "long.onnx"]
     assert trt.flags == [1 << 3] * 2

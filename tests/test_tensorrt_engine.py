@@ -29,6 +29,7 @@ from modernbert_export.lower import lower
 from modernbert_export.tensorrt.half import HalfPass
 from modernbert_runtime import tensorrt_engine
 from modernbert_runtime.errors import EngineError, InputError
+from modernbert_runtime.plan_store import Plans
 from modernbert_runtime.tensorrt_engine import TensorRtEngine
 from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile
 
@@ -244,9 +245,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return stand_in
 
 
+def at(directory: Path) -> Plans:
+    return Plans(record=PlanRecord.read(directory), directory=directory)
+
+
 @pytest.fixture
 def engine(cuda: Cuda, plans: Path) -> Iterator[TensorRtEngine]:
-    with_plans = TensorRtEngine(plans, onnx_sha256=HASH)
+    with_plans = TensorRtEngine(at(plans), onnx_sha256=HASH)
     yield with_plans
     with_plans.close()
 
@@ -295,7 +300,7 @@ def test_number_of_cuda_graphs_is_bounded(engine: TensorRtEngine, cuda: Cuda, mo
 
 
 def test_close_gives_everything_back(cuda: Cuda, plans: Path) -> None:
-    engine = TensorRtEngine(plans, onnx_sha256=HASH)
+    engine = TensorRtEngine(at(plans), onnx_sha256=HASH)
     for _ in range(2):
         engine.run(*batch(1, 5))
     assert cuda.memory
@@ -308,9 +313,21 @@ def test_close_gives_everything_back(cuda: Cuda, plans: Path) -> None:
 
 
 def test_tokens_come_without_the_padding_of_the_engine(cuda: Cuda, plans: Path) -> None:
-    engine = TensorRtEngine(plans, onnx_sha256=HASH, output="last_hidden_state")
+    engine = TensorRtEngine(at(plans), onnx_sha256=HASH, output="last_hidden_state")
     assert engine.run(*batch(3, 5)).shape == (3, 5, TINY["hidden_size"])
     engine.close()
+
+
+def test_either_output_is_given_when_asked_for(engine: TensorRtEngine, exact: Any) -> None:
+    ids, mask = batch(3, 5)
+    for _ in range(3):  # plain, captured, replayed: a graph of one output must not serve the other
+        hidden = engine.run(ids, mask, "last_hidden_state")
+        pooled = (hidden * mask[:, :, None]).sum(1)
+        for vectors in (pooled, engine.run(ids, mask)):
+            cosine = (vectors * exact(ids, mask)).sum(1) / np.linalg.norm(vectors, axis=1)
+            assert cosine.min() >= 0.9999
+    with pytest.raises(EngineError, match="give last_hidden_state, sentence_embedding, not logits"):
+        engine.run(ids, mask, "logits")
 
 
 def test_text_beyond_every_profile_is_refused(engine: TensorRtEngine) -> None:
@@ -335,7 +352,7 @@ def test_stale_plan_is_refused_with_the_reason(
     stale = dataclasses.replace(record, key=dataclasses.replace(record.key, **change))
     (tmp_path / RECORD_NAME).write_text(stale.to_json())
     with pytest.raises(EngineError, match=message):
-        TensorRtEngine(tmp_path, onnx_sha256=HASH)
+        TensorRtEngine(at(tmp_path), onnx_sha256=HASH)
     assert not cuda.memory
 
 
@@ -347,7 +364,7 @@ def test_altered_plan_is_never_loaded(cuda: Cuda, plans: Path, tmp_path: Path, m
     loaded: list[int] = []
     monkeypatch.setattr(Engine, "__init__", lambda self, plan, cuda: loaded.append(len(plan)))
     with pytest.raises(EngineError, match=r"tensorrt\.plan.*sha256 differs"):
-        TensorRtEngine(tmp_path, onnx_sha256=HASH)
+        TensorRtEngine(at(tmp_path), onnx_sha256=HASH)
     assert (tmp_path / "tensorrt.plan").stat().st_size not in loaded
 
 

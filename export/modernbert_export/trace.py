@@ -109,6 +109,6 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
         node = value.producer()
         if node is not None and node.op_type == "Identity":  # an output that is something else's too
             assert node.inputs[0] is not None
-            value.name, node.inputs[0].name = None, name
+            value.name, node.inputs[0].name = node.inputs[0].name, name
     del graph.outputs[len(OUTPUTS) :]
     return program.model

@@ -92,12 +92,14 @@ class Embedder:
 
         Args:
             path: directory that `modernbert export` wrote.
-            engine: what computes; "auto" takes openvino where it is installed and the bundle has an artifact for it,
-                else onnxruntime. The log says which and why.
+            engine: what computes; "auto" takes, in this order, tensorrt where plans for this GPU were built by this
+                user, onnxruntime on a GPU where it has the CUDA provider, openvino where it is installed and the
+                bundle has an artifact for it, onnxruntime on the CPU. The log says which and why.
             precision: such as "fp32"; None takes the one that the bundle lists first. "bf16" computes the fp32
                 artifact in bfloat16, with openvino.
-            providers: ONNX Runtime execution providers, the preferred one first, such as ["CUDAExecutionProvider"];
-                None is the CPU.
+            providers: ONNX Runtime execution providers, the preferred one first, such as ["CUDAExecutionProvider"],
+                or ["TensorrtExecutionProvider", "CUDAExecutionProvider"], which builds and caches its engines when a
+                length is first met; None leaves it to `engine`.
             threads: threads within one operator; None leaves it to the engine, within a container's CPU limit.
             truncation: what happens to texts above `max_length`: "right" drops the end, "left" the start, "error"
                 raises TextTooLong.
@@ -107,7 +109,8 @@ class Embedder:
                 after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
                 the CPU keeps to it.
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
-            engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`.
+            engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`,
+                and for tensorrt `gpu_engines.open_plans`.
             verify_hashes: compare the files with the manifest first, which reads them once more.
 
         Raises:

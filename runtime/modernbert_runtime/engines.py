@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.cuda_device import find_gpus
 from modernbert_runtime.engine import Engine
-from modernbert_runtime.errors import BundleError, EngineError, InputError
+from modernbert_runtime.errors import BundleError, EngineError, InputError, one_line
+from modernbert_runtime.gpu_engines import FoundPlans, bundle_plans, open_plans, open_profiled
 from modernbert_runtime.manifest import Artifact
-from modernbert_runtime.onnxruntime_engine import CPU, OnnxRuntimeEngine
+from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine, load_onnxruntime
+from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, cuda_options, provider_names
 from modernbert_runtime.openvino_engine import OpenVinoEngine
+from modernbert_runtime.plan_store import PLAN_GRAPHS
 
 EngineName = Literal["auto", "onnxruntime", "openvino", "tensorrt"]
 
@@ -56,64 +60,106 @@ def open_engine(
     """
     if engine not in get_args(EngineName):
         raise InputError(f"engine must be one of {', '.join(get_args(EngineName))}, not {engine!r}")
-    if engine == "tensorrt":
-        raise EngineError(
-            "engine='tensorrt' is not in this release: use engine='onnxruntime' with "
-            "providers=['TensorrtExecutionProvider', 'CUDAExecutionProvider']"
-        )
-    chosen, reason = _choose(bundle, engine, precision, providers, bounded_memory)
-    if chosen == "openvino":
+    if engine != "onnxruntime" and engine != "auto":
         if bounded_memory:
             raise InputError("max_memory is kept by engine='onnxruntime' only: leave it out, or choose that engine")
         if providers is not None:
             raise InputError("providers belong to engine='onnxruntime': leave them out, or choose that engine")
-        artifact, compute = _openvino_artifact(bundle, precision)
-        return OpenedEngine(
-            engine=OpenVinoEngine(
-                bundle.onnx_path(artifact),
-                output=output,
-                compute="bf16" if compute == "bf16" else "fp32",
-                threads=threads,
-                options=options,
-            ),
-            artifact=artifact,
-            compute=compute,
-            reason=reason,
+    chosen = _choose(bundle, engine, precision, providers, bounded_memory)
+    if chosen.engine == "tensorrt":
+        opened, artifact, compute = open_plans(
+            bundle, output=output, precision=precision, options=options, found=chosen.plans
         )
-    providers = (CPU,) if providers is None else providers
-    artifact = _artifact(bundle, ("portable",) if tuple(providers) == (CPU,) else ("ort-cuda", "portable"), precision)
-    return OpenedEngine(
-        engine=OnnxRuntimeEngine(
+    elif chosen.engine == "openvino":
+        artifact, compute = _openvino_artifact(bundle, precision)
+        opened = OpenVinoEngine(
             bundle.onnx_path(artifact),
             output=output,
-            providers=providers,
+            compute="bf16" if compute == "bf16" else "fp32",
             threads=threads,
-            keep_little_memory=bounded_memory,
             options=options,
-        ),
-        artifact=artifact,
-        compute=artifact.precision,
-        reason=reason,
-    )
+        )
+    else:
+        names = provider_names(chosen.providers)
+        artifact, compute = _onnxruntime_artifact(bundle, names, precision), ""
+
+        def session(file: Artifact, provider_options: Mapping[str, Mapping[str, str]]) -> Engine:
+            return OnnxRuntimeEngine(
+                bundle.onnx_path(file),
+                output=output,
+                providers=names,
+                provider_options=provider_options,
+                threads=threads,
+                keep_little_memory=bounded_memory,
+                options=options,
+            )
+
+        if TENSORRT in names:
+            opened = open_profiled(bundle, artifact, session)
+        else:
+            opened = session(artifact, {CUDA: cuda_options()} if CUDA in names else {})
+    return OpenedEngine(engine=opened, artifact=artifact, compute=compute or artifact.precision, reason=chosen.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """What shall run, and why; `plans` are those of tensorrt where they were looked up already."""
+
+    engine: Literal["onnxruntime", "openvino", "tensorrt"]
+    reason: str
+    providers: Sequence[str] = (CPU,)
+    plans: FoundPlans | None = None
 
 
 def _choose(
     bundle: Bundle, engine: EngineName, precision: str | None, providers: Sequence[str] | None, bounded_memory: bool
-) -> tuple[Literal["onnxruntime", "openvino"], str]:
-    if engine in ("onnxruntime", "openvino"):
-        return engine, "as asked"
+) -> _Choice:
+    """For "auto" in this order: what the caller's other arguments need, a GPU, an artifact for openvino, the CPU."""
+    if engine != "auto":
+        return _Choice(engine=engine, reason="as asked", providers=(CPU,) if providers is None else providers)
     if providers is not None:
-        return "onnxruntime", "providers are given"
+        return _Choice(engine="onnxruntime", reason="providers are given", providers=providers)
     if bounded_memory:
-        return "onnxruntime", "max_memory is given"
-    have_ort, have_openvino = _installed("onnxruntime"), _installed("openvino")
+        return _Choice(engine="onnxruntime", reason="max_memory is given")
     if precision == "bf16":
-        return "openvino", "precision bf16"
+        return _Choice(engine="openvino", reason="precision bf16")
+    on_gpu, lacking = _choose_gpu(bundle, precision)
+    if on_gpu is not None:
+        return on_gpu
+    have_ort, have_openvino = _installed("onnxruntime"), _installed("openvino")
     if have_openvino and any(artifact.target == "openvino" for artifact in bundle.manifest.artifacts):
-        return "openvino", "it is installed and the bundle has an artifact for it"
-    if have_openvino and not have_ort:
-        return "openvino", "onnxruntime is not installed"
-    return "onnxruntime", "the bundle has no artifact for openvino" if have_openvino else "openvino is not installed"
+        chosen: Literal["onnxruntime", "openvino"] = "openvino"
+        reason = "it is installed and the bundle has an artifact for it"
+    elif have_openvino and not have_ort:
+        chosen, reason = "openvino", "onnxruntime is not installed"
+    else:
+        chosen = "onnxruntime"
+        reason = "the bundle has no artifact for openvino" if have_openvino else "openvino is not installed"
+    return _Choice(engine=chosen, reason="; ".join([reason, *lacking]))
+
+
+def _choose_gpu(bundle: Bundle, precision: str | None) -> tuple[_Choice | None, list[str]]:
+    """What runs on this machine's GPU, else why nothing does; on a machine without one there is nothing to tell."""
+    try:
+        gpu = find_gpus()[0].name
+    except EngineError:
+        return None, []
+    try:
+        plans = bundle_plans(bundle, precision)
+        return _Choice(engine="tensorrt", reason=f"plans for this {gpu} were built here", plans=plans), []
+    except (BundleError, EngineError) as error:
+        lacking = [f"not tensorrt: {one_line(error)}"]
+    if not _installed("onnxruntime") or CUDA not in load_onnxruntime().get_available_providers():
+        return None, [*lacking, f"not on the {gpu}: onnxruntime has no {CUDA}, which onnxruntime-gpu has"]
+    return _Choice(engine="onnxruntime", reason="; ".join([f"a {gpu} is here", *lacking]), providers=(CUDA, CPU)), []
+
+
+def _onnxruntime_artifact(bundle: Bundle, providers: Sequence[str], precision: str | None) -> Artifact:
+    if providers[0] == TENSORRT:
+        targets: tuple[str, ...] = (PLAN_GRAPHS[-1], "portable")
+    else:
+        targets = ("ort-cuda", "portable") if tuple(providers) != (CPU,) else ("portable",)
+    return _artifact(bundle, targets, precision)
 
 
 def _installed(name: str) -> bool:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
+from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, provider_names
 from modernbert_runtime.spikes import Spikes
 
-CPU = "CPUExecutionProvider"
 # Where each provider wants inputs to lie. Others get NumPy arrays and copy for themselves.
-_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+_DEVICES = {CUDA: "cuda", TENSORRT: "cuda"}
 
 
 class OnnxRuntimeEngine:
@@ -27,6 +27,7 @@ class OnnxRuntimeEngine:
         path: the .onnx file; external weights lie beside it.
         output: name of the output that `run` returns unless asked for another.
         providers: ONNX Runtime execution providers, the preferred one first.
+        provider_options: provider -> its options by ONNX Runtime's names; see `onnxruntime_providers`.
         threads: threads within one operator; None leaves it to ONNX Runtime (one per physical core), except that a
             container's CPU limit is kept.
         keep_little_memory: hand back what a batch took after it, unless it was small; see `Spikes`.
@@ -45,20 +46,15 @@ class OnnxRuntimeEngine:
         *,
         output: str,
         providers: Sequence[str] = (CPU,),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         threads: int | None = None,
         keep_little_memory: bool = False,
         options: Mapping[str, str] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}: pass None to let ONNX Runtime choose")
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise EngineError(
-                f'onnxruntime cannot be imported ({one_line(error)}): pip install "modernbert-deploy[cpu]"'
-            ) from error
-        if isinstance(providers, str) or not providers:
-            raise InputError(f"providers must be a list of names, such as [{CPU!r}], not {providers!r}")
+        ort = load_onnxruntime()
+        providers = provider_names(providers)
         if missing := set(providers) - set(ort.get_available_providers()):
             raise EngineError(
                 f"providers: this onnxruntime has no {', '.join(sorted(missing))}, only "
@@ -70,8 +66,9 @@ class OnnxRuntimeEngine:
         settings.intra_op_num_threads = threads or usable_threads() or 0
         for name, value in (options or {}).items():
             _set_option(settings, name, value)
+        with_options = [(name, dict((provider_options or {}).get(name, {}))) for name in providers]
         try:
-            session = ort.InferenceSession(str(path), settings, providers=list(providers))
+            session = ort.InferenceSession(str(path), settings, providers=with_options)
         except Exception as error:  # onnxruntime has an exception type per status code, without a common base
             raise EngineError(
                 f"onnxruntime cannot load {Path(path).name!r} ({one_line(error)}): export the bundle again"
@@ -135,6 +132,21 @@ class OnnxRuntimeEngine:
         binding.bind_output(output, self._device)
         session.run_with_iobinding(binding, options)
         return binding.copy_outputs_to_cpu()[0]
+
+
+def load_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        EngineError: it is not installed, or does not load.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f'onnxruntime cannot be imported ({one_line(error)}): pip install "modernbert-deploy[cpu]"'
+        ) from error
+    return onnxruntime
 
 
 def _set_option(settings: Any, name: str, value: str) -> None:

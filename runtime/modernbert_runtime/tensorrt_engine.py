@@ -1,8 +1,9 @@
 """The TensorRT engine: plans built on this machine, one execution context per profile, all in one device buffer.
 
-Imports tensorrt and cuda.bindings when one is made, not before. It opens only plans whose bytes are those of their
-record (`tensorrt_plan`), and only for the very GPU and TensorRT version that they were built for. What can be decided
-without a GPU (which profile, which pieces, which length to pad to) stands in `tensorrt_plan`; this file is calls.
+Imports tensorrt and cuda.bindings when one is made, not before. It opens only plans that may be trusted (`plan_store`)
+and whose bytes are those of their record, and only for the very GPU and TensorRT version that they were built for.
+What can be decided without a GPU (which profile, which pieces, which length to pad to) stands in `tensorrt_plan`; this
+file is calls.
 
 Written against TensorRT 11.4; the names it uses exist in 10.8 too.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +19,16 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.cuda_memory import DeviceBuffer, PinnedBuffer, check, load_cudart
 from modernbert_runtime.errors import EngineError, one_line
-from modernbert_runtime.tensorrt_plan import PlanKey, PlanRecord, plan_runs, round_length
+from modernbert_runtime.plan_store import Plans
+from modernbert_runtime.tensorrt_plan import PlanKey, PlanRecord, Profile, plan_runs, round_length
 
 INPUTS = ("input_ids", "attention_mask")
 # A captured graph takes some MiB on the device; these many shapes keep theirs, the one used longest ago goes first.
 MAX_CUDA_GRAPHS = 32
+
+
+# Profile, rows, padded length and output: what a captured graph is of.
+_Case = tuple[int, int, int, str]
 
 
 class _Buffer(Protocol):
@@ -46,21 +51,24 @@ def load_tensorrt() -> Any:
     return tensorrt
 
 
-def key_here(record_key: PlanKey, onnx_sha256: str) -> PlanKey:
-    """The key that plans would have if they were built like those, but on this machine now.
+def key_here(
+    onnx_sha256: str, precision: str, *, profiles: tuple[Profile, ...] = (), flags: tuple[str, ...] = ()
+) -> PlanKey:
+    """The key of plans that are built of these graphs on this machine now.
 
     Raises:
         EngineError: TensorRT or a GPU is missing.
     """
+    trt = load_tensorrt()
     gpu, capability = device_here()
     return PlanKey(
         onnx_sha256=onnx_sha256,
-        tensorrt=load_tensorrt().__version__,
+        tensorrt=trt.__version__,
         gpu=gpu,
         compute_capability=capability,
-        precision=record_key.precision,
-        profiles=record_key.profiles,
-        flags=record_key.flags,
+        precision=precision,
+        profiles=profiles,
+        flags=flags,
     )
 
 
@@ -80,20 +88,20 @@ class TensorRtEngine:
     """Runs one output of a model on its TensorRT plans.
 
     Args:
-        directory: where the plans and their record lie.
+        plans: from `plan_store.find_plans`, which decides whom to trust.
         onnx_sha256: of the graphs and weights that they must have been built from.
-        output: name of the output that `run` returns.
+        output: name of the output that `run` returns unless asked for another.
 
     Raises:
-        BundleError: the directory has no record.
         EngineError: TensorRT or a GPU is missing, a plan is stale or altered, or does not load.
     """
 
-    def __init__(self, directory: Path, *, onnx_sha256: str, output: str = "sentence_embedding") -> None:
-        record = PlanRecord.read(directory)
-        if stale := record.key.differences(key_here(record.key, onnx_sha256)):
+    def __init__(self, plans: Plans, *, onnx_sha256: str, output: str = "sentence_embedding") -> None:
+        record = plans.record
+        here = key_here(onnx_sha256, record.key.precision)
+        if stale := record.key.differences(here, ignore=("profiles", "flags")):
             raise EngineError(
-                f"the TensorRT plans in {str(directory)!r} are stale: {'; '.join(stale)}; build them again"
+                f"the TensorRT plans in {str(plans.directory)!r} are stale: {'; '.join(stale)}; build them again"
             )
         trt, self._cudart = load_tensorrt(), load_cudart()
         self._lock = threading.Lock()
@@ -102,24 +110,28 @@ class TensorRtEngine:
         self._open: list[Any] = []  # what close() frees
         self._contexts: list[Any] = []
         self._engines: list[Any] = []  # of each profile
-        self._captured: OrderedDict[tuple[int, int, int], _Captured] = OrderedDict()
-        self._seen: set[tuple[int, int, int]] = set()
+        self._captured: OrderedDict[_Case, _Captured] = OrderedDict()
+        self._seen: set[_Case] = set()
         self.name = f"tensorrt {trt.__version__} ({record.key.gpu}, {record.key.precision})"
         try:
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-            self._load(trt, record, directory)
+            self._load(trt, plans)
         except BaseException:
             self.close()
             raise
 
-    def run(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[Any]:
+    def run(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None
+    ) -> NDArray[Any]:
         """See `Engine.run`. Calls take turns."""
         rows, length = input_ids.shape
+        output = output or self._output
         with self._lock:
             if not self._open:
                 raise EngineError("the engine is closed: load the bundle again")
+            self._check_output(output)
             index, pieces = plan_runs(rows, length, self._profiles)
-            parts = [self._run(index, input_ids[piece], attention_mask[piece]) for piece in pieces]
+            parts = [self._run(index, input_ids[piece], attention_mask[piece], output) for piece in pieces]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def close(self) -> None:
@@ -133,21 +145,20 @@ class TensorRtEngine:
                 buffer.close()
             self._open = []
 
-    def _load(self, trt: Any, record: PlanRecord, directory: Path) -> None:
-        plans = {}
+    def _load(self, trt: Any, plans: Plans) -> None:
+        loaded = {}
         for name in dict.fromkeys(PlanRecord.file_of(profile.graph) for profile in self._profiles):
-            plans[name] = self._runtime.deserialize_cuda_engine(record.load(directory, name))
-            if plans[name] is None:
+            loaded[name] = self._runtime.deserialize_cuda_engine(plans.load(name))
+            if loaded[name] is None:
                 raise EngineError(f"TensorRT cannot load {name!r}: build the plans again")
-        self._engines = [plans[PlanRecord.file_of(profile.graph)] for profile in self._profiles]
+        self._engines = [loaded[PlanRecord.file_of(profile.graph)] for profile in self._profiles]
         engine = self._engines[0]
         self._outputs = {
             name: np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
             for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
             if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
         }
-        if self._output not in self._outputs:
-            raise EngineError(f"the plans give {', '.join(self._outputs)}, not {self._output}: export for this task")
+        self._check_output(self._output)
         self._managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
 
         stream = _Stream(self._cudart)
@@ -167,9 +178,13 @@ class TensorRtEngine:
                 sizes[name] = max(sizes[name], int(np.prod(context.get_tensor_shape(name))) * dtype.itemsize)
             self._contexts.append(context)
         self._device_out = {name: self._keep(DeviceBuffer(self._cudart, size)) for name, size in sizes.items()}
-        self._host_out = self._keep(PinnedBuffer(self._cudart, sizes[self._output]))
+        self._host_out = self._keep(PinnedBuffer(self._cudart, max(sizes.values())))
         for context in self._contexts:
             self._set_addresses(context)
+
+    def _check_output(self, output: str) -> None:
+        if output not in self._outputs:
+            raise EngineError(f"the plans give {', '.join(self._outputs)}, not {output}: export for this task")
 
     def _context(self, index: int) -> Any:
         """A context for a profile, in the device buffer that all share: runs take turns."""
@@ -199,16 +214,18 @@ class TensorRtEngine:
         if not all(accepted) or (lacking := context.infer_shapes()):
             raise EngineError(f"TensorRT refuses the shape {shape}, lacking {lacking if all(accepted) else INPUTS}")
 
-    def _run(self, index: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[Any]:
+    def _run(
+        self, index: int, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str
+    ) -> NDArray[Any]:
         rows, length = input_ids.shape
         shape = (rows, round_length(length, self._profiles[index]))
         for name, values in zip(INPUTS, (input_ids, attention_mask), strict=True):
             padded = self._host_in[name].array(shape, np.int64)
             padded[:, :length] = values
             padded[:, length:] = 0
-        case = (index, *shape)
+        case = (index, *shape, output)
         if case in self._captured or case in self._seen:
-            captured = self._captured.pop(case, None) or self._capture(index, shape)
+            captured = self._captured.pop(case, None) or self._capture(index, shape, output)
             self._captured[case] = captured  # the one used last stands last
             context = captured.context
             check(self._cudart.cudaGraphLaunch(captured.graph, self._stream), "launch a CUDA graph")
@@ -216,27 +233,27 @@ class TensorRtEngine:
             self._seen.add(case)
             context = self._contexts[index]
             self._set_shapes(context, shape)
-            self._enqueue(context, shape)
+            self._enqueue(context, shape, output)
         check(self._cudart.cudaStreamSynchronize(self._stream), "run the engine")
-        shape_out = tuple(context.get_tensor_shape(self._output))
-        result = self._host_out.array(shape_out, self._outputs[self._output]).copy()
+        shape_out = tuple(context.get_tensor_shape(output))
+        result = self._host_out.array(shape_out, self._outputs[output]).copy()
         return result[:, :length] if result.ndim == 3 else result
 
-    def _enqueue(self, context: Any, shape: tuple[int, int]) -> None:
+    def _enqueue(self, context: Any, shape: tuple[int, int], output: str) -> None:
         """Copies in, runs, copies out: all in the stream, none awaited."""
         cudart, nbytes = self._cudart, 8 * shape[0] * shape[1]
         for name in INPUTS:
             self._copy(self._device_in[name], self._host_in[name], nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
         if not context.execute_async_v3(self._stream):
             raise EngineError(f"TensorRT failed on a batch of {shape[0]} x {shape[1]} tokens: see its log")
-        size = int(np.prod(context.get_tensor_shape(self._output))) * self._outputs[self._output].itemsize
+        size = int(np.prod(context.get_tensor_shape(output))) * self._outputs[output].itemsize
         back = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(self._host_out, self._device_out[self._output], size, back)
+        self._copy(self._host_out, self._device_out[output], size, back)
 
     def _copy(self, to: _Buffer, source: _Buffer, nbytes: int, kind: Any) -> None:
         check(self._cudart.cudaMemcpyAsync(to.address, source.address, nbytes, kind, self._stream), "copy a batch")
 
-    def _capture(self, index: int, shape: tuple[int, int]) -> _Captured:
+    def _capture(self, index: int, shape: tuple[int, int], output: str) -> _Captured:
         """Records a run as a CUDA graph, in a context of its own: changing the context's shapes would spoil it.
 
         TensorRT allocates when it first meets a shape, which a capture must not; hence one plain run before.
@@ -245,12 +262,12 @@ class TensorRtEngine:
             self._captured.popitem(last=False)[1].close()
         cudart, context = self._cudart, self._context(index)
         self._set_shapes(context, shape)
-        self._enqueue(context, shape)
+        self._enqueue(context, shape, output)
         check(cudart.cudaStreamSynchronize(self._stream), "run the engine")
         relaxed = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         check(cudart.cudaStreamBeginCapture(self._stream, relaxed), "begin the capture of a CUDA graph")
         try:
-            self._enqueue(context, shape)
+            self._enqueue(context, shape, output)
         finally:
             graph = check(cudart.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
         try:

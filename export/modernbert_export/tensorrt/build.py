@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
 from modernbert_runtime.manifest import sha256_file
-from modernbert_runtime.tensorrt_engine import INPUTS, device_here, load_tensorrt
-from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile
+from modernbert_runtime.plan_store import remember
+from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
@@ -34,6 +35,8 @@ def build_plans(
 ) -> PlanRecord:
     """Builds a plan from each graph that a profile needs, and their record, for the GPU and TensorRT of this machine.
 
+    The record is kept in the user's cache, too, without which no engine of this user loads the plans (`plan_store`).
+
     Args:
         graphs: target -> ONNX file, as `Profile.graph` names them.
         out: directory to make: whole, or absent when the build fails or is cancelled.
@@ -50,17 +53,8 @@ def build_plans(
         KeyboardInterrupt: the build was cancelled.
     """
     trt = load_tensorrt()
-    gpu, capability = device_here()
     flags = () if workspace_bytes is None else (f"workspace={workspace_bytes}",)
-    key = PlanKey(
-        onnx_sha256=onnx_sha256,
-        tensorrt=trt.__version__,
-        gpu=gpu,
-        compute_capability=capability,
-        precision=precision,
-        profiles=profiles,
-        flags=flags,
-    )
+    key = key_here(onnx_sha256, precision, profiles=profiles, flags=flags)
     files = {}
     with whole_directory(out) as partial:
         for graph in dict.fromkeys(limits.graph for limits in profiles):
@@ -72,6 +66,7 @@ def build_plans(
             files[name] = hashlib.sha256(plan).hexdigest()
         record = PlanRecord(key=key, files=files)
         (partial / RECORD_NAME).write_text(record.to_json(), encoding="utf-8")
+    remember(record)
     return record
 
 
