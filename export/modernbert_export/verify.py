@@ -129,7 +129,6 @@ def verify_head(
         return logits
 
     rows = compare_logits(run, reference, TASKS[task], cases, progress)
-    del session
     skipped = sorted({case.length for case in grid} - {case.length for case in cases})
     report = ParityReport(
         artifact=artifact,
