@@ -265,7 +265,7 @@ def check_saved(file: Path, outputs: Mapping[str, Sequence[str | int]] | None = 
         for value in (*proto.graph.input, *proto.graph.output)
     }
     types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
-    wanted = {name: ["batch", "sequence"] for name in INPUTS}
+    wanted: dict[str, list[str | int]] = {name: ["batch", "sequence"] for name in INPUTS}
     if outputs is None:
         hidden = axes[OUTPUTS[0]][-1]
         outputs = {OUTPUTS[0]: ["batch", "sequence", hidden], OUTPUTS[1]: ["batch", hidden]}

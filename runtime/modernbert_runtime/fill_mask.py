@@ -12,7 +12,8 @@ from modernbert_runtime.loading import OpenedBundle
 from modernbert_runtime.task_model import TaskModel, check_top_k, softmax
 
 # The graph gives logits of the whole vocabulary for every token, for that is what transformers.js and optimum read:
-# 200 kB a token. Batches are cut so that those of one take at most this, unless a text alone takes more.
+# 200 kB a token with ModernBERT's own vocabulary. Batches are cut so that those of one take at most this, unless a text
+# alone takes more; ONNX Runtime holds them twice, before and after the bias.
 _MOST_BYTES = 256 << 20
 _SPECIAL_TOKENS = "special_tokens_map.json"
 
@@ -28,8 +29,8 @@ class MaskFill(NamedTuple):
 class FillMask(TaskModel):
     """Fills gaps with a bundle of `modernbert export --task fill-mask`.
 
-    A gap is written as `mask_token`. A text of 8,192 tokens needs 1.65 GB for its logits alone with ModernBERT's own
-    vocabulary; `max_memory` refuses what would not fit.
+    A gap is written as `mask_token`. Logits are computed for every token: with ModernBERT's own vocabulary a text of
+    8,192 tokens takes 3.3 GB for them, one of 512 takes 0.2 GB; `max_memory` refuses what would not fit.
 
     Raises:
         BundleError: the bundle does not say what its mask token is.

@@ -1,7 +1,7 @@
 """Query and documents in, relevance out: a text classifier with one label, read as a cross-encoder."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,8 @@ from modernbert_runtime.text_classifier import TextClassifier
 from modernbert_runtime.tokenizer import check_texts
 
 
-class Ranked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ranked:
     """A document: its place in the list that was given, its score, and itself."""
 
     index: int
