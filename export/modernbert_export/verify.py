@@ -240,7 +240,8 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
     model.set_attention("eager")
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
-    values = open_session(onnx_file, also_output=[*names, OUTPUTS[0]]).run([*names, OUTPUTS[0]], feed)
+    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]])
+    values = session.run([*names, OUTPUTS[0]], feed)
     tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
     wanted = model(**tensors, output_hidden_states=True).hidden_states
     valid = feed["attention_mask"] != 0
@@ -251,7 +252,8 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
         error, cosine = np.abs(mine - theirs).max(), _cosine(mine, theirs).min()
         if not tolerance.holds(max_abs_error=error, min_cosine=cosine, min_pooled_cosine=cosine):
             return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
-    return f"none of the layers; what is made of the last one alone, {where}"
+    after = "head" if LOGITS in {output.name for output in session.get_outputs()} else "pooled output"
+    return f"none of the layers; the {after} alone, {where}"
 
 
 def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:

@@ -207,7 +207,7 @@ class Manifest:
             ),
             files=_strings(root, "files"),
             labels=tuple(_typed("labels", label, str) for label in _field(root, "labels", list)),
-            score_function=_typed("score_function", root.get("score_function", ""), str),
+            score_function=_field(root, "score_function", str),
             calibration={
                 name: tuple(_numbers(values, f"calibration.{name}"))
                 for name, values in _field(root, "calibration", dict).items()
