@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import ModernBertConfig, load_config
 from modernbert_export.parity import Case, Comparison
 from modernbert_export.references import FLOAT64, TRANSFORMERS
 from modernbert_export.tasks import LOGITS, Task, load_head
@@ -46,7 +46,7 @@ def compare_logits(
     cases: Sequence[Case],
     progress: Progress = lambda _: None,
 ) -> list[Comparison]:
-    """Compares every case with both references, in the order of the cases, one reference after the other.
+    """Compares every case with one reference and then the other, in the order of their lengths.
 
     Args:
         run: `input_ids` and `attention_mask` [batch, sequence] -> the artifact's logits.
@@ -55,25 +55,37 @@ def compare_logits(
         cases: from `cases_for`.
         progress: is told what is being done, in a few words.
     """
-    exact = load_head(checkpoint, task.name)
-    exact.set_attention("eager")
-    stock = task.stock.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
-    models = {FLOAT64: exact.double(), TRANSFORMERS: stock}
-    config = exact.config
+    config = load_config(checkpoint)
     by_cls = not task.per_token and config.classifier_pooling == "cls"
+    by_length = itertools.groupby(sorted(cases, key=_length), key=_length)
+    groups = [list(group) for _, group in by_length]
     rows = []
-    for length, group in itertools.groupby(sorted(cases, key=lambda case: case.length), key=lambda case: case.length):
-        progress(f"parity: logits, length {length}")
-        same_length = list(group)
-        largest = max(same_length, key=lambda case: case.batch)
-        texts = [text for text in largest.texts(config.vocab_size) if len(text)]
-        for name, model in models.items():
+    for name, load in ((FLOAT64, _load_exact), (TRANSFORMERS, _load_stock)):  # one model in memory at a time
+        model = load(checkpoint, task)
+        for index, group in enumerate(groups):
+            progress(f"parity: logits against {name}, length {index + 1} of {len(groups)}")
+            largest = max(group, key=lambda case: case.batch)
+            texts = [text for text in largest.texts(config.vocab_size) if len(text)]
             wanted = [model(input_ids=torch.from_numpy(text)[None]).logits[0].numpy() for text in texts]
-            for case in same_length:
+            for case in group:
                 feed = case.inputs(config.vocab_size)
                 rows.append(_compare(case, name, run(feed), wanted, feed["attention_mask"] != 0, by_cls=by_cls))
-    rows.sort(key=lambda row: row.reference)  # stable
+        del model
     return rows
+
+
+def _length(case: Case) -> int:
+    return case.length
+
+
+def _load_exact(checkpoint: Path, task: Task) -> Any:
+    model = load_head(checkpoint, task.name)
+    model.set_attention("eager")
+    return model.double()
+
+
+def _load_stock(checkpoint: Path, task: Task) -> Any:
+    return task.stock.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
 def _compare(case: Case, name: str, got: Array, wanted: Sequence[Array], valid: Array, *, by_cls: bool) -> Comparison:

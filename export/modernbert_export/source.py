@@ -91,6 +91,7 @@ def open_source(
         raise InputError(f"pooling {pooling!r} is of embeddings; leave it out with task {task}")
     check_head(name, config, task)
     modules = _modules(path) if embeds else {}
+    special_tokens = _special_tokens(path, config)
     whole = ModernBertModel if embeds else TASKS[task].model
     check_weights(name, sorted(path.glob("model*.safetensors")), config, whole)
     return Source(
@@ -101,7 +102,7 @@ def open_source(
         normalize="Normalize" in modules if modules else embeds,
         prompts=_prompts(path) if embeds else {},
         max_length=_max_length(path, config, max_length),
-        special_tokens=_special_tokens(path, config),
+        special_tokens=special_tokens,
         task=task,
         labels=labels_of(name, config, task),
         score_function=score_function(config, task),
