@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_export.build as build_module
 import modernbert_export.export as export_module
+import modernbert_export.source as source_module
 from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
 from modernbert.output import whole_directory
@@ -377,7 +378,7 @@ def test_wrong_pooling_is_found(source: Path, tmp_path: Path, override: dict[str
 
 
 @pytest.mark.usefixtures("no_trace")
-@pytest.mark.parametrize("step", ["load_model", "write_model_files", "trace", "check_saved", "verify", "hash_files"])
+@pytest.mark.parametrize("step", ["load_for_task", "write_model_files", "trace", "check_saved", "verify", "hash_files"])
 @pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 def test_interrupted_export_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
@@ -385,7 +386,8 @@ def test_interrupted_export_leaves_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(build_module if step == "trace" else export_module, step, fail)
+    owners = {"trace": build_module, "load_for_task": source_module}
+    monkeypatch.setattr(owners.get(step, export_module), step, fail)
     with pytest.raises(type(error)):
         export(str(source), tmp_path / "deep/out", max_length=3)
     assert not list((tmp_path / "deep").iterdir())

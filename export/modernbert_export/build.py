@@ -15,7 +15,6 @@ import onnx_ir as ir
 import torch
 
 from modernbert.errors import ParityError
-from modernbert.model import ModernBertModel, load_model
 from modernbert_export.lower import lower
 from modernbert_export.ops.op import Target
 from modernbert_export.precision import FILES
@@ -24,6 +23,7 @@ from modernbert_export.precision.calibrate import LinearChoice, smooth
 from modernbert_export.precision.half import to_half
 from modernbert_export.precision.int8 import LEVELS, quantize
 from modernbert_export.source import Source
+from modernbert_export.tasks import EMBEDDING, Loaded
 from modernbert_export.text_fidelity import TextFidelity, TextSet
 from modernbert_export.trace import trace
 from modernbert_export.verify import Array, verify_text
@@ -72,11 +72,11 @@ class Builder:
     levels: int = LEVELS
     progress: Progress = lambda _: None
 
-    def build(self, encoder: ModernBertModel, precisions: Sequence[str], rows: dict[str, torch.Tensor]) -> list[Built]:
-        """Makes the files, in the order given. Uses the encoder up: the caller should drop it.
+    def build(self, model: Loaded, precisions: Sequence[str], rows: dict[str, torch.Tensor]) -> list[Built]:
+        """Makes the files, in the order given. Uses the model up: the caller should drop it.
 
         Args:
-            encoder: the checkpoint in fp32.
+            model: the checkpoint in fp32.
             precisions: those that are wanted.
             rows: sampled inputs of its linear layers, for int8.
 
@@ -87,25 +87,30 @@ class Builder:
         choices = []
         if "int8" in precisions:
             self.progress("int8: measuring the error of each linear layer")
-            choices = smooth(encoder, rows, self.levels)
+            choices = smooth(model.encoder, rows, self.levels)
         if {"fp32", "int8"}.intersection(precisions):
             folder = self.directory if "fp32" in precisions else self.scratch
-            built["fp32"] = self._fp32(encoder, folder)
+            built["fp32"] = self._fp32(model, folder)
         if "int8" in precisions:
             built["int8"] = self._int8(built["fp32"].file, choices)
         if "fp16" in precisions:
-            built["fp16"] = self._half("fp16", torch.float16, load_model(self.source.path))
+            built["fp16"] = self._half("fp16", torch.float16, self.source.load())
         return [built[precision] for precision in precisions]
 
-    def _graph(self, encoder: ModernBertModel, what: str) -> ir.Model:
+    def _graph(self, model: Loaded, what: str) -> ir.Model:
         self.progress(f"tracing {what}")
-        graph = trace(encoder, pooling=self.source.pooling, normalize=self.source.normalize)
+        graph = trace(
+            model.encoder,
+            pooling=self.source.pooling,
+            normalize=self.source.normalize,
+            head=None if self.source.task == EMBEDDING else model.head,
+        )
         self.progress(f"lowering {what} to {self.target} ONNX")
         return lower(graph, self.target)
 
-    def _fp32(self, encoder: ModernBertModel, folder: Path) -> Built:
+    def _fp32(self, model: Loaded, folder: Path) -> Built:
         file = folder / FILES["fp32"]
-        ir.save(self._graph(encoder, "fp32"), file, external_data=f"{file.name}_data")
+        ir.save(self._graph(model, "fp32"), file, external_data=f"{file.name}_data")
         return Built(precision="fp32", file=file, data_file=file.with_name(f"{file.name}_data"))
 
     def _int8(self, fp32: Path, choices: Sequence[LinearChoice]) -> Built:
@@ -133,13 +138,14 @@ class Builder:
         )
         return Built(precision="int8", file=file, text=text, notes=notes)
 
-    def _half(self, precision: str, dtype: torch.dtype, encoder: ModernBertModel) -> Built:
+    def _half(self, precision: str, dtype: torch.dtype, model: Loaded) -> Built:
         lengths = {min(length, self.source.max_length) for length in AUDIT_LENGTHS}
         inputs = [self._running_text(length) for length in sorted(lengths)]
         self.progress(f"{precision}: looking at the ranges of activations")
-        ranges = audit(encoder, inputs)
+        ranges = audit(model.encoder, inputs)
         file = self.directory / FILES[precision]
-        ir.save(self._graph(to_half(encoder, dtype, ranges), precision), file)
+        to_half(model.encoder, dtype, ranges)
+        ir.save(self._graph(model, precision), file)
         return Built(precision=precision, file=file, ranges=ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:

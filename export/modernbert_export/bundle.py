@@ -14,12 +14,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from modernbert.config import ModernBertConfig
-from modernbert.model import ModernBertModel
+from modernbert.model import ModernBertPreTrainedModel
 from modernbert_export.source import Source
+from modernbert_export.tasks import EMBEDDING
 from modernbert_runtime.manifest import sha256_file
 
 
-def write_model_files(source: Source, model: ModernBertModel, directory: Path) -> None:
+def write_model_files(source: Source, model: ModernBertPreTrainedModel, directory: Path) -> None:
     """Writes what transformers, sentence-transformers and fastembed read beside the ONNX file."""
     model.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
@@ -35,6 +36,12 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
+    if source.task == EMBEDDING:
+        _write_pooling_files(source, model.config, directory)
+
+
+def _write_pooling_files(source: Source, config: ModernBertConfig, directory: Path) -> None:
+    """How sentence-transformers makes vectors of the token vectors."""
     modules = [
         ("", "Transformer"),
         ("1_Pooling", "Pooling"),
@@ -52,7 +59,7 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
     _write_json(
         directory / "1_Pooling" / "config.json",
         {
-            "word_embedding_dimension": model.config.hidden_size,
+            "word_embedding_dimension": config.hidden_size,
             "pooling_mode_cls_token": source.pooling == "cls",
             "pooling_mode_mean_tokens": source.pooling == "mean",
         },

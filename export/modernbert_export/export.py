@@ -9,15 +9,15 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import ParityError
-from modernbert.model import load_model
+from modernbert.errors import InputError, ParityError
 from modernbert.output import whole_directory
 from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
@@ -30,9 +30,10 @@ from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import Source, open_source
+from modernbert_export.tasks import EMBEDDING, TASKS
 from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS
-from modernbert_export.verify import fidelity_grid, verify, verify_text
+from modernbert_export.verify import fidelity_grid, verify, verify_head, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
 
@@ -59,6 +60,7 @@ def export(
     *,
     target: str = "portable",
     precisions: Sequence[str] = ("fp32",),
+    task: str = EMBEDDING,
     pooling: str | None = None,
     max_length: int | None = None,
     text: str | os.PathLike[str] | None = None,
@@ -73,6 +75,7 @@ def export(
         out: directory to make. It appears only when everything is in it and verified.
         target: the lowering, one of `precision.SUPPORTED`.
         precisions: one artifact each, the preferred one first.
+        task: "embedding", or one of `tasks.TASKS`, whose head the checkpoint must have.
         pooling: "mean" or "cls"; by default what the checkpoint says, else "mean".
         max_length: most tokens of a text; by default what the checkpoint says.
         text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
@@ -85,7 +88,12 @@ def export(
         ParityError: a graph does not compute what PyTorch does.
     """
     lowering = check_precisions(target, tuple(precisions))
-    source = open_source(model, pooling=pooling, max_length=max_length)
+    source = open_source(model, pooling=pooling, max_length=max_length, task=task)
+    embeds = task == EMBEDDING
+    if not embeds and "int8" in precisions:
+        raise InputError(f"precision int8 is chosen by comparing embeddings; take fp32 or fp16 with task {task}")
+    if not embeds and text is not None:
+        raise InputError(f"text compares embeddings; leave it out with task {task}")
     compared = text is not None or "int8" in precisions
     max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
     texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
@@ -94,13 +102,17 @@ def export(
     room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
     with whole_directory(Path(out), room=room) as partial:
         # First, while nothing else is in memory: a model in float64 is the largest thing there is.
-        references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
+        grid = fidelity_grid(source.config, source.max_length)
+        references = compute_references(source.path, grid, progress) if embeds else None
         progress("loading the checkpoint")
-        encoder = load_model(source.path)
-        write_model_files(source, encoder, partial)
+        model_for_task = source.load()
+        encoder = model_for_task.encoder
+        write_model_files(source, model_for_task.whole, partial)
         (partial / "onnx").mkdir()
         with InputSampler(encoder) if "int8" in precisions else contextlib.nullcontext() as sampler:
-            wanted = embed_text(encoder, texts, source.pooling, source.normalize, progress)
+            wanted = (
+                embed_text(encoder, texts, source.pooling, source.normalize, progress) if embeds else np.zeros((0, 0))
+            )
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(
                 source=source,
@@ -112,11 +124,11 @@ def export(
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
                 progress=progress,
             )
-            built = builder.build(encoder, precisions, sampler.rows if sampler else {})
-        del encoder, sampler, builder
+            built = builder.build(model_for_task, precisions, sampler.rows if sampler else {})
+        del model_for_task, encoder, sampler, builder
         gc.collect()  # graphs are full of cycles
         for one in built:
-            check_saved(one.file)
+            check_saved(one.file, *([] if embeds else [TASKS[task].outputs(source.config)]))
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
@@ -133,7 +145,7 @@ def export(
         manifest = Manifest(
             generator=f"modernbert-deploy {importlib.metadata.version('modernbert-deploy')}",
             source=ManifestSource(name=source.name, sha256=source.sha256()),
-            task="embedding",
+            task=task,
             dimension=source.config.hidden_size,
             pooling=source.pooling,
             normalize=source.normalize,
@@ -153,7 +165,9 @@ def export(
                 for artifact in artifacts
             ),
             files=hash_files(partial),
-            calibration={"low": tuple(wanted.min(0).tolist()), "high": tuple(wanted.max(0).tolist())},
+            labels=source.labels,
+            score_function=source.score_function,
+            calibration={"low": tuple(wanted.min(0).tolist()), "high": tuple(wanted.max(0).tolist())} if embeds else {},
         )
         (partial / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     for artifact in artifacts:
@@ -161,25 +175,36 @@ def export(
     return manifest
 
 
-def _prove(built: Built, source: Source, references: References, root: Path, progress: Progress) -> Exported:
+def _prove(built: Built, source: Source, references: References | None, root: Path, progress: Progress) -> Exported:
     """Verifies a file on the grid and reads back what is in it.
 
     Raises:
         ParityError: it must not be written.
     """
     name = built.file.relative_to(root).as_posix()
-    report = verify(
-        built.file,
-        source.path,
-        artifact=name,
-        precision=built.precision,
-        pooling=source.pooling,
-        normalize=source.normalize,
-        max_length=source.max_length,
-        references=references,
-        progress=progress,
-    )
-    report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=built.notes)
+    if source.task == EMBEDDING:
+        report = verify(
+            built.file,
+            source.path,
+            artifact=name,
+            precision=built.precision,
+            pooling=source.pooling,
+            normalize=source.normalize,
+            max_length=source.max_length,
+            references=references,
+            progress=progress,
+        )
+    else:
+        report = verify_head(
+            built.file,
+            source.path,
+            artifact=name,
+            precision=built.precision,
+            task=source.task,
+            max_length=source.max_length,
+            progress=progress,
+        )
+    report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=(*report.notes, *built.notes))
     if not report.passed:
         raise ParityError(report.to_markdown())
     progress(f"reading back {built.file.name}")
@@ -192,8 +217,12 @@ def _prove(built: Built, source: Source, references: References, root: Path, pro
     )
 
 
-def check_saved(file: Path) -> None:
+def check_saved(file: Path, outputs: Mapping[str, Sequence[str | int]] | None = None) -> None:
     """Reads a saved graph back and refuses a frozen axis, another opset, or anything but standard operators.
+
+    Args:
+        file: the graph.
+        outputs: name -> axes of what it must give; those of an embedding model when absent.
 
     Raises:
         ParityError: the file is not what was meant.
@@ -204,14 +233,16 @@ def check_saved(file: Path) -> None:
         for value in (*proto.graph.input, *proto.graph.output)
     }
     types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
-    wanted = {name: ["batch", "sequence"] for name in INPUTS}
-    hidden = axes[OUTPUTS[0]][-1]
-    wanted |= {OUTPUTS[0]: ["batch", "sequence", hidden], OUTPUTS[1]: ["batch", hidden]}
+    wanted: dict[str, list[str | int]] = {name: ["batch", "sequence"] for name in INPUTS}
+    if outputs is None:
+        hidden = axes[OUTPUTS[0]][-1]
+        outputs = {OUTPUTS[0]: ["batch", "sequence", hidden], OUTPUTS[1]: ["batch", hidden]}
+    wanted |= {name: list(shape) for name, shape in outputs.items()}
     integers, floats = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     opsets = {opset.domain: opset.version for opset in proto.opset_import}
     for what, got, want in (
         ("axes", axes, wanted),
-        ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(OUTPUTS, floats)),
+        ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(outputs, floats)),
         ("opsets", opsets, {"": OPSET_VERSION}),
         ("ir_version", proto.ir_version, IR_VERSION),
         ("functions", [function.name for function in proto.functions], []),

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 
 from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
+from modernbert.model import ModernBertModel
+from modernbert_export.tasks import EMBEDDING, TASKS, Loaded, check_head, labels_of, load_for_task, score_function
 from modernbert_export.weights import check_weights
 from modernbert_runtime.manifest import POOLINGS
 
@@ -28,7 +30,8 @@ SPECIAL_TOKENS = ("unk_token", "cls_token", "sep_token", "pad_token", "mask_toke
 class Source:
     """A checkpoint directory and what its files say.
 
-    `special_tokens` maps names such as "pad_token" to token texts; `max_length` counts special tokens.
+    `special_tokens` maps names such as "pad_token" to token texts; `max_length` counts special tokens. `labels` and
+    `score_function` are as the manifest has them.
     """
 
     name: str
@@ -39,6 +42,13 @@ class Source:
     prompts: Mapping[str, str]
     max_length: int
     special_tokens: Mapping[str, str]
+    task: str = EMBEDDING
+    labels: tuple[str, ...] = ()
+    score_function: str = ""
+
+    def load(self) -> Loaded:
+        """The model for this task, in fp32."""
+        return load_for_task(self.path, self.task, pooling=self.pooling, normalize=self.normalize)
 
     @property
     def weight_files(self) -> list[Path]:
@@ -55,16 +65,19 @@ class Source:
         return digest.hexdigest()
 
 
-def open_source(model: str, *, pooling: str | None = None, max_length: int | None = None) -> Source:
+def open_source(
+    model: str, *, pooling: str | None = None, max_length: int | None = None, task: str = EMBEDDING
+) -> Source:
     """Opens a local directory, or downloads a hub id.
 
     Args:
         model: directory or hub id.
         pooling: "mean" or "cls" in place of what the checkpoint says.
         max_length: tokens per text in place of what the checkpoint says; it cannot exceed its positions.
+        task: what the export is to compute; the checkpoint must have the head for it.
 
     Raises:
-        InputError: a file is missing or contradicts another.
+        InputError: a file is missing or contradicts another, or there is no such head.
     """
     path = _locate(model)
     config = load_config(path)
@@ -73,18 +86,27 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
         raise InputError(
             f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
         )
-    modules = _modules(path)
+    embeds = task == EMBEDDING
+    if not embeds and pooling is not None:
+        raise InputError(f"pooling {pooling!r} is of embeddings; leave it out with task {task}")
+    check_head(name, config, task)
+    modules = _modules(path) if embeds else {}
+    special_tokens = _special_tokens(path, config)
+    whole = ModernBertModel if embeds else TASKS[task].model
     source = Source(
         name=name,
         path=path,
         config=config,
-        pooling=_pooling(path / modules.get("Pooling", "1_Pooling"), pooling),
-        normalize="Normalize" in modules if modules else True,
-        prompts=_prompts(path),
+        pooling=_pooling(path / modules.get("Pooling", "1_Pooling"), pooling) if embeds else config.classifier_pooling,
+        normalize="Normalize" in modules if modules else embeds,
+        prompts=_prompts(path) if embeds else {},
         max_length=_max_length(path, config, max_length),
-        special_tokens=_special_tokens(path, config),
+        special_tokens=special_tokens,
+        task=task,
+        labels=labels_of(name, config, task),
+        score_function=score_function(config, task),
     )
-    check_weights(name, source.weight_files, config)
+    check_weights(name, source.weight_files, config, whole)
     return source
 
 

@@ -2,7 +2,7 @@
 
 The result is an `onnx_ir.Model` whose nodes of the domain `modernbert` have no body yet: `lower` gives them one per
 target. Inputs `input_ids` and `attention_mask`, int64 [batch, sequence]; outputs `last_hidden_state` [batch,
-sequence, dim] and `sentence_embedding` [batch, dim].
+sequence, dim] and `sentence_embedding` [batch, dim], or those of another head (`tasks`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from modernbert.attention import rotary_tables
 from modernbert.config import LayerType
 from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
-from modernbert.pooling import EmbeddingHead
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import global_attention
 from modernbert_export.ops.local_attention import local_attention
 from modernbert_export.ops.op import HIDDEN_KEY
 from modernbert_export.ops.rotary import rotary
+from modernbert_export.tasks import LOGITS, PooledHead
 
 OPSET_VERSION = 20
 INPUTS = ("input_ids", "attention_mask")
@@ -35,14 +35,14 @@ EXAMPLE_SHAPE = (2, 200)
 
 
 class TracedEmbedder(nn.Module):
-    """The padded form of the encoder that is traced, with pooling and normalisation as the bundle states them."""
+    """The padded form of the encoder that is traced, with what the task computes from its token vectors."""
 
-    def __init__(self, model: ModernBertModel, *, pooling: str, normalize: bool) -> None:
+    def __init__(self, model: ModernBertModel, head: nn.Module) -> None:
         super().__init__()
-        self.model, self.head = model, EmbeddingHead(pooling, normalize=normalize)
+        self.model, self.head = model, head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """[B, S] ids and mask -> the two outputs, then the hidden states (the input of every layer)."""
+        """[B, S] ids and mask -> the outputs, then the hidden states (the input of every layer, and the result)."""
         config = self.model.config
         x_BSD = self.model.embeddings(input_ids)
         hidden_BS = 1 - attention_mask.to(x_BSD.dtype)
@@ -66,13 +66,23 @@ class TracedEmbedder(nn.Module):
             return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
 
         x_BSD, hidden = self.model.encode(x_BSD, attend, keep_hidden=True)
-        return x_BSD, self.head(x_BSD, attention_mask), *hidden[:-1]
+        outputs = self.head(x_BSD, attention_mask)
+        return *outputs, *(hidden[:-1] if outputs[0] is x_BSD else hidden)
 
 
-def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
+def trace(
+    model: ModernBertModel, *, pooling: str = "mean", normalize: bool = True, head: nn.Module | None = None
+) -> ir.Model:
     """Traces the model. Its weights stay in memory, shared with `model`.
 
-    The value between two layers is named `layers.N.input`; `verify` reads them to find the first layer that differs.
+    The value between two layers is named `layers.N.input`, the last one `last_hidden_state`; `verify` reads them to
+    find the first layer that differs.
+
+    Args:
+        model: the encoder.
+        pooling: of the embedding.
+        normalize: whether it has unit length.
+        head: gives `logits` in place of an embedding; see `tasks`.
 
     Raises:
         InputError: the model has global tokens.
@@ -84,7 +94,10 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
         )
     for op in OPS:
         op.register_schema()
+    outputs = OUTPUTS if head is None else (LOGITS,)
     hidden = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
+    if OUTPUTS[0] not in outputs:
+        hidden.append(OUTPUTS[0])
     # Two tensors: one given twice would be traced as one input.
     example = tuple(torch.ones(EXAMPLE_SHAPE, dtype=torch.int64) for _ in INPUTS)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
@@ -93,10 +106,10 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            TracedEmbedder(model, pooling=pooling, normalize=normalize).eval(),
+            TracedEmbedder(model, PooledHead(pooling, normalize=normalize) if head is None else head).eval(),
             example,
             input_names=INPUTS,
-            output_names=[*OUTPUTS, *hidden],
+            output_names=[*outputs, *hidden],
             opset_version=OPSET_VERSION,
             dynamo=True,
             dynamic_shapes=(axes, axes),
@@ -105,10 +118,10 @@ def trace(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
         )
     assert program is not None
     graph = program.model.graph
-    for name, value in zip(hidden, graph.outputs[len(OUTPUTS) :], strict=True):
+    for name, value in zip(hidden, graph.outputs[len(outputs) :], strict=True):
         node = value.producer()
         if node is not None and node.op_type == "Identity":  # an output that is something else's too
             assert node.inputs[0] is not None
             value.name, node.inputs[0].name = node.inputs[0].name, name
-    del graph.outputs[len(OUTPUTS) :]
+    del graph.outputs[len(outputs) :]
     return program.model

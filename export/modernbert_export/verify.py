@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.model import load_model
+from modernbert_export.head_parity import cases_for, compare_logits
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import open_source
+from modernbert_export.tasks import EMBEDDING, LOGITS, TASKS
 from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
 from modernbert_export.trace import INPUTS, OUTPUTS
 from modernbert_runtime.bundle import Bundle
@@ -90,11 +92,55 @@ def verify(
     del session
     rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
     report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows))
+    return _with_first_difference(report, onnx_file, reference)
+
+
+def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path) -> ParityReport:
     if not report.failures:
         return report
     worst = max(report.failures, key=lambda row: (np.isnan(row.max_abs_error), row.max_abs_error))
     difference = first_difference(onnx_file, reference, worst.case, report.tolerance)
     return dataclasses.replace(report, first_difference=difference)
+
+
+def verify_head(
+    onnx_file: Path,
+    reference: Path,
+    *,
+    artifact: str,
+    precision: str,
+    task: str,
+    max_length: int,
+    progress: Progress = lambda _: None,
+) -> ParityReport:
+    """As `verify`, of a graph that gives `logits`; see `head_parity` for how these are compared.
+
+    Args:
+        onnx_file, reference, artifact, precision, max_length, progress: as for `verify`.
+        task: one of `tasks.TASKS`.
+    """
+    config = load_config(reference)
+    grid = fidelity_grid(config, max_length)
+    cases = cases_for(TASKS[task], config, grid)
+    session = open_session(onnx_file)
+
+    def run(feed: dict[str, Array]) -> Array:
+        logits: Array = session.run([LOGITS], feed)[0]
+        return logits
+
+    rows = compare_logits(run, reference, TASKS[task], cases, progress)
+    skipped = sorted({case.length for case in grid} - {case.length for case in cases})
+    report = ParityReport(
+        artifact=artifact,
+        precision=precision,
+        comparisons=tuple(rows),
+        notes=(
+            "Compared are the logits: errors in units of the largest one where that is above 1, cosines with a "
+            "constant 1 beside them."
+            + (f" Left out for their size: lengths {', '.join(map(str, skipped))}." if skipped else ""),
+        ),
+    )
+    return _with_first_difference(report, onnx_file, reference)
 
 
 def verify_text(onnx_file: Path, texts: TextSet, wanted: Array, *, progress: Progress = lambda _: None) -> TextFidelity:
@@ -135,7 +181,7 @@ def verify_bundle(
         for name in manifest.files:
             bundle.path_of(name)
     else:
-        source = open_source(reference)
+        source = open_source(reference, task=manifest.task)
         checkpoint = source.path
         own = load_config(bundle.root)
         for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
@@ -144,6 +190,21 @@ def verify_bundle(
                     f"reference {reference!r} has {name} {getattr(source.config, name)}, the bundle has "
                     f"{getattr(own, name)}; give the checkpoint that it was exported from"
                 )
+    if manifest.task != EMBEDDING:
+        if text is not None:
+            raise InputError(f"text compares embeddings; leave it out with a bundle for {manifest.task}")
+        return [
+            verify_head(
+                bundle.onnx_path(artifact),
+                checkpoint,
+                artifact=artifact.file,
+                precision=artifact.precision,
+                task=manifest.task,
+                max_length=manifest.max_length,
+                progress=progress,
+            )
+            for artifact in manifest.artifacts
+        ]
     texts = None
     if text is not None or any(artifact.precision == "int8" for artifact in manifest.artifacts):
         tokenizer_file = bundle.path_of("tokenizer.json")
@@ -179,7 +240,8 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
     model.set_attention("eager")
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
-    values = open_session(onnx_file, also_output=names).run([*names, OUTPUTS[0]], feed)
+    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]])
+    values = session.run([*names, OUTPUTS[0]], feed)
     tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
     wanted = model(**tensors, output_hidden_states=True).hidden_states
     valid = feed["attention_mask"] != 0
@@ -190,14 +252,18 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
         error, cosine = np.abs(mine - theirs).max(), _cosine(mine, theirs).min()
         if not tolerance.holds(max_abs_error=error, min_cosine=cosine, min_pooled_cosine=cosine):
             return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
-    return f"none of the layers; the pooled output alone, {where}"
+    after = "head" if LOGITS in {output.name for output in session.get_outputs()} else "pooled output"
+    return f"none of the layers; the {after} alone, {where}"
 
 
 def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
     """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
     proto = onnx.load(onnx_file, load_external_data=False)
+    present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in also_output
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in also_output
+        if name not in present
     )
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry(

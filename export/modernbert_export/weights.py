@@ -10,24 +10,39 @@ from safetensors import SafetensorError, safe_open
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
-from modernbert.model import ModernBertModel
+from modernbert.model import ModernBertModel, ModernBertPreTrainedModel
 
 # What checkpoints hold beside the encoder: heads, and tables that older versions stored.
 _OTHERS = ("head.", "decoder.", "classifier.", "qa_outputs.", "lm_head.")
 _BUFFER = "inv_freq"
 
 
-def check_weights(name: str, files: Sequence[Path], config: ModernBertConfig) -> None:
-    """Compares names and shapes of the encoder's weights with what the configuration asks for.
+def check_weights(
+    name: str,
+    files: Sequence[Path],
+    config: ModernBertConfig,
+    model: type[ModernBertPreTrainedModel] = ModernBertModel,
+) -> None:
+    """Compares names and shapes of weights with what the configuration asks for.
+
+    Args:
+        name: of the checkpoint, for messages.
+        files: its safetensors files.
+        config: its configuration.
+        model: the encoder, or a class with the head that is needed too. Weights of other heads may be there.
 
     Raises:
         InputError: some are missing, too many or of another shape; all are listed, in one line.
     """
     try:
         with torch.device("meta"):
-            wanted = {key: list(value.shape) for key, value in ModernBertModel(config).state_dict().items()}
+            whole = model(config)
     except KeyError as error:  # of the activation's name, which transformers looks up
         raise InputError(f"model {name!r} cannot be loaded: its config.json names {error}, which is unknown") from error
+    tied = whole.all_tied_weights_keys  # not stored
+    wanted = {
+        key.removeprefix("model."): list(value.shape) for key, value in whole.state_dict().items() if key not in tied
+    }
     stored: dict[str, list[int]] = {}
     for path in files:
         try:
@@ -35,14 +50,15 @@ def check_weights(name: str, files: Sequence[Path], config: ModernBertConfig) ->
                 stored |= {key.removeprefix("model."): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(f"model {name!r}: {path.name} cannot be loaded: {' '.join(str(error).split())}") from error
-    encoder = {key: shape for key, shape in stored.items() if not key.startswith(_OTHERS) and _BUFFER not in key}
+    unused = {key for key in stored if key not in wanted and (key.startswith(_OTHERS) or _BUFFER in key)}
+    found = {key: shape for key, shape in stored.items() if key not in unused}
     faults = {
-        "missing": sorted(wanted.keys() - encoder.keys()),
-        "not part of a ModernBERT": sorted(encoder.keys() - wanted.keys()),
+        "missing": sorted(wanted.keys() - found.keys()),
+        "not part of a ModernBERT": sorted(found.keys() - wanted.keys()),
         "of another shape": [
-            f"{key} {encoder[key]} instead of {wanted[key]}"
-            for key in sorted(wanted.keys() & encoder.keys())
-            if encoder[key] != wanted[key]
+            f"{key} {found[key]} instead of {wanted[key]}"
+            for key in sorted(wanted.keys() & found.keys())
+            if found[key] != wanted[key]
         ],
     }
     if any(faults.values()):

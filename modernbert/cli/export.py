@@ -24,6 +24,9 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8, or several with commas between; the first is the preferred one.")
     ] = "fp32",
+    task: Annotated[
+        str, typer.Option(help="embedding, fill-mask, text-classification or token-classification: the head to export.")
+    ] = "embedding",
     pooling: Annotated[str | None, typer.Option(help="mean or cls; default: what the checkpoint says.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a text; default: what it says.")] = None,
     text: TextOption = None,
@@ -45,6 +48,7 @@ def export(
             out,
             target=target,
             precisions=[name.strip() for name in precision.split(",") if name.strip()],
+            task=task,
             pooling=pooling,
             max_length=max_length,
             text=text,
@@ -52,10 +56,12 @@ def export(
             progress=tell,
             proven=artifacts.append,
         )
-    print(
-        f"{out}: {manifest.pooling} pooling, {manifest.dimension} dimensions, up to {manifest.max_length} tokens; "
-        "proven against PyTorch:"
+    what = (
+        f"{manifest.pooling} pooling, {manifest.dimension} dimensions"
+        if manifest.task == "embedding"
+        else ", ".join((manifest.task, *([f"labels {', '.join(manifest.labels)}"] if manifest.labels else [])))
     )
+    print(f"{out}: {what}, up to {manifest.max_length} tokens; proven against PyTorch:")
     for artifact in artifacts:
         figures = artifact.report.summary()
         print(

@@ -17,6 +17,7 @@ from modernbert.cli.embed import embed
 from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
 from modernbert.cli.finetune import finetune
+from modernbert.cli.predict import predict
 from modernbert.cli.tokenizer import tokenizer
 from modernbert.cli.training import demo, pretrain
 from modernbert.errors import InputError, ParityError, TrainingError
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed, predict, bench):
     app.command()(command)
 app.add_typer(tokenizer, name="tokenizer")
 

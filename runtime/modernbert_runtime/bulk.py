@@ -298,11 +298,11 @@ def tokenize(embedder: Embedder, window: Window, prompt_name: str | None) -> lis
 
 @contextlib.contextmanager
 def naming_rows(first_row: int) -> Iterator[None]:
-    """Errors about texts[i] of a window become errors about a row of the file."""
+    """Errors about texts[i] or pairs[i] of a window become errors about a row of the file."""
     try:
         yield
     except ModernBertRuntimeError as error:
-        message = re.sub(r"texts\[(\d+)\]", lambda found: f"row {first_row + int(found[1]) + 1}", str(error))
+        message = re.sub(r"(?:texts|pairs)\[(\d+)\]", lambda found: f"row {first_row + int(found[1]) + 1}", str(error))
         raise type(error)(message) from error
 
 

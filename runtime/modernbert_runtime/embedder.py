@@ -4,7 +4,6 @@ It joins bundle, tokenizer, batches and engine. Calls of `embed` keep no state a
 share batches (see `async_batcher`). It is not a server.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,21 +13,19 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.async_batcher import AsyncBatcher
 from modernbert_runtime.batching import BATCH_TOKENS
-from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
 from modernbert_runtime.engine import Engine
-from modernbert_runtime.engines import EngineName, open_engine
-from modernbert_runtime.errors import BundleError, InputError
+from modernbert_runtime.engines import EngineName
+from modernbert_runtime.errors import InputError
+from modernbert_runtime.loading import open_bundle
 from modernbert_runtime.long_text import late_chunks, plain_chunks
 from modernbert_runtime.manifest import Manifest
-from modernbert_runtime.memory import MemoryBudget, in_gb, parse_bytes, resident_bytes
+from modernbert_runtime.memory import MemoryBudget
 from modernbert_runtime.outputs import OutputDtype, OutputFormat
 from modernbert_runtime.pipeline import Pipeline
 from modernbert_runtime.runner import BatchRunner
 from modernbert_runtime.stats import EmbedderStats
 from modernbert_runtime.tokenizer import TextTokenizer, TokenizedText, Truncation, check_texts
-
-logger = logging.getLogger(__name__)
 
 
 class Embedder:
@@ -118,56 +115,28 @@ class Embedder:
             BundleError: the directory is no whole, unaltered embedding bundle, or lacks this precision.
             EngineError: the engine is not installed or cannot load the model.
         """
-        limit = parse_bytes("max_memory", max_memory) if max_memory is not None else None
-        if limit is not None and providers is not None:
-            raise InputError("max_memory counts memory of the CPU and providers compute elsewhere: lower batch_tokens")
-        bundle = Bundle.open(path, verify_hashes=verify_hashes)
-        manifest = bundle.manifest
-        if manifest.task != "embedding":
-            raise BundleError(f"task must be embedding, not {manifest.task!r}: export with --task embedding")
-        tokenizer = TextTokenizer(
-            bundle.path_of("tokenizer.json"), max_length=manifest.max_length, truncation=truncation
-        )
-        before = resident_bytes() if limit is not None else 0
-        opened = open_engine(
-            bundle,
+        opened = open_bundle(
+            path,
+            task="embedding",
             output="sentence_embedding",
             engine=engine,
             precision=precision,
             providers=providers,
             threads=threads,
-            bounded_memory=limit is not None,
-            options=engine_options,
+            truncation=truncation,
+            max_memory=max_memory,
+            engine_options=engine_options,
+            verify_hashes=verify_hashes,
         )
-        artifact = opened.artifact
-        memory = None
-        if limit is not None:
-            # Pages of weights that nothing has touched yet are not resident, and will be.
-            loaded = before + bundle.size_of(artifact)
-            memory = MemoryBudget.of(artifact.activation_bytes, limit=limit, resident=max(resident_bytes(), loaded))
-        embedder = cls(
+        return cls(
             opened.engine,
-            tokenizer,
-            manifest,
-            pad_id=bundle.pad_id(),
+            opened.tokenizer,
+            opened.manifest,
+            pad_id=opened.pad_id,
             batch_tokens=batch_tokens,
             max_waiting_tokens=max_waiting_tokens,
-            memory=memory,
+            memory=opened.memory,
         )
-        logger.info(
-            "loaded %s: %s (%s), %s, target %s, precision %s, dimension %d, max_length %d, truncation %s%s",
-            bundle.root,
-            opened.engine.name,
-            opened.reason,
-            artifact.file,
-            artifact.target,
-            opened.compute,
-            manifest.dimension,
-            manifest.max_length,
-            truncation,
-            f", {in_gb(memory.room)} for a batch, texts of up to {memory.max_length} tokens" if memory else "",
-        )
-        return embedder
 
     @property
     def dimension(self) -> int:

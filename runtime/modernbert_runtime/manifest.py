@@ -21,6 +21,8 @@ from modernbert_runtime.errors import BundleError, one_line
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 POOLINGS = ("mean", "cls", "global")
+# How the logits of a text become scores; "" for tasks other than text-classification.
+SCORE_FUNCTIONS = ("", "softmax", "sigmoid", "identity")
 TASKS = ("embedding", "fill-mask", "text-classification", "token-classification")
 
 T = TypeVar("T")
@@ -103,6 +105,7 @@ class Manifest:
         artifacts: the model files, the preferred one first; one per target and precision.
         files: relative POSIX path -> sha256 of every other file of the bundle.
         labels: names of a classifier's outputs, in order; empty for other tasks.
+        score_function: how a text's logits become scores, one of `SCORE_FUNCTIONS`.
         calibration: "low" and "high" -> the range of each dimension of an embedding on sample texts, from which int8
             vectors are made; empty when unknown.
         schema_version: the version of this contract.
@@ -122,6 +125,7 @@ class Manifest:
     artifacts: tuple[Artifact, ...]
     files: Mapping[str, str]
     labels: tuple[str, ...] = ()
+    score_function: str = ""
     calibration: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -137,6 +141,12 @@ class Manifest:
             _check_name("prompts", prompt_name)
         for label in self.labels:
             _check_name("labels", label)
+        if self.task.endswith("-classification") and not self.labels:
+            raise _bad("labels", "must name the classifier's outputs", self.labels)
+        if self.score_function not in SCORE_FUNCTIONS:
+            raise _bad("score_function", f"must be one of {SCORE_FUNCTIONS}", self.score_function)
+        if bool(self.score_function) != (self.task == "text-classification"):
+            raise _bad("score_function", f"must fit the task {self.task}", self.score_function)
         self._check_calibration()
         for path, sha256 in self.files.items():
             _check_path("files", path)
@@ -197,6 +207,7 @@ class Manifest:
             ),
             files=_strings(root, "files"),
             labels=tuple(_typed("labels", label, str) for label in _field(root, "labels", list)),
+            score_function=_field(root, "score_function", str),
             calibration={
                 name: tuple(_numbers(values, f"calibration.{name}"))
                 for name, values in _field(root, "calibration", dict).items()

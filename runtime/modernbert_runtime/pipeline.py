@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.ahead import one_ahead
@@ -41,15 +42,27 @@ class Pipeline:
         return self._embed([(0, tokens)], len(tokens), output, progress)
 
     def token_vectors(self, spanned: Sequence[SpannedText], *, progress: bool) -> Iterator[tuple[int, TokenVectors]]:
-        """The vectors of the tokens of each text, with its index; in the order in which they run."""
+        """What the model gives for the tokens of each text, with its index; in the order in which they run."""
         tokens = [item.tokens for item in spanned]
         self.runner.check_room(tokens)
         with _progress_bar(len(tokens), shown=progress) as advance:
             for batch in self.runner.plan(tokens):
-                states = self.runner.hidden_states([tokens[index] for index in batch], batch)
+                states = self.runner.token_rows([tokens[index] for index in batch], batch)
                 for index, vectors in zip(batch.tolist(), states, strict=True):
                     text = tokens[index]
                     yield index, TokenVectors(text.input_ids, spanned[index].spans, vectors, text.num_dropped)
+                advance(len(batch))
+
+    def rows_at(
+        self, tokens: Sequence[TokenizedText], positions: Sequence[NDArray[np.intp]], *, progress: bool
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """As `token_vectors`, of some tokens of each text: float32 [positions, width]."""
+        self.runner.check_room(tokens)
+        with _progress_bar(len(tokens), shown=progress) as advance:
+            for batch in self.runner.plan(tokens):
+                wanted = [positions[index] for index in batch]
+                rows = self.runner.token_rows([tokens[index] for index in batch], batch, wanted)
+                yield from zip(batch.tolist(), rows, strict=True)
                 advance(len(batch))
 
     def report_truncation(self, dropped: Sequence[int]) -> None:

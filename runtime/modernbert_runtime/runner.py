@@ -29,6 +29,7 @@ class BatchRunner:
         pad_id: token id that fills short rows; the attention mask hides it.
         batch_tokens: most tokens of one batch, padding included; a longer text runs alone.
         memory: what batches may take; None sets no limit. With a limit, one batch runs at a time.
+        sequence_output: name of the output that has a row for each token.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class BatchRunner:
         pad_id: int,
         batch_tokens: int,
         memory: MemoryBudget | None,
+        sequence_output: str = "last_hidden_state",
     ) -> None:
         if batch_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
@@ -48,6 +50,7 @@ class BatchRunner:
         self.memory = memory
         self.counters = Counters()
         self._dimension = dimension
+        self._sequence_output = sequence_output
         self._turn: contextlib.AbstractContextManager[object] = (
             threading.Lock() if memory is not None else contextlib.nullcontext()
         )
@@ -96,18 +99,26 @@ class BatchRunner:
         self._check_finite(np.isfinite(vectors).all(axis=1), indices)
         return vectors
 
-    def hidden_states(
-        self, tokens: Sequence[TokenizedText], indices: Sequence[int] | NDArray[np.intp]
+    def token_rows(
+        self,
+        tokens: Sequence[TokenizedText],
+        indices: Sequence[int] | NDArray[np.intp],
+        positions: Sequence[NDArray[np.intp]] | None = None,
     ) -> list[NDArray[np.float32]]:
-        """One batch: for each text the vectors of its tokens, float32 [its tokens, hidden size], without NaN.
+        """One batch: for each text what the model gives for its tokens, float32 [its tokens, width], without NaN.
+
+        Args:
+            tokens: the texts of the batch.
+            indices: what errors call them.
+            positions: for each text the tokens that are wanted; None takes all.
 
         Raises:
-            EngineError: as `vectors`, or the model has no output `last_hidden_state`.
+            EngineError: as `vectors`, or the model has no such output.
         """
-        padded = self._run(tokens, "last_hidden_state")
-        rows = [
-            np.array(row[: len(text.input_ids)], dtype=np.float32) for row, text in zip(padded, tokens, strict=True)
-        ]
+        padded = self._run(tokens, self._sequence_output)
+        if positions is None:
+            positions = [np.arange(len(text.input_ids)) for text in tokens]
+        rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(padded, positions, strict=True)]
         self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
         return rows
 

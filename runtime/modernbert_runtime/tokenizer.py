@@ -128,6 +128,45 @@ class TextTokenizer:
                 spanned.append(SpannedText(tokens, *_spans(encoding, len(prefix))))
         return spanned
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenizedText]:
+        """Tokenize two texts as one input, such as a query and a passage, joined as the tokenizer says.
+
+        A pair above `max_length` loses tokens of the longer of its texts first (`longest_first`, what transformers
+        does by default), so a short query stays whole; "right" and "left" say at which end.
+
+        Raises:
+            InputError: not a sequence of pairs of valid Unicode texts.
+            TextTooLong: under the policy "error".
+        """
+        check_pairs(pairs)
+        tokens = []
+        for start in range(0, len(pairs), _GROUP_TEXTS):
+            group = [(first, second) for first, second in pairs[start : start + _GROUP_TEXTS]]
+            encodings = self._whole.encode_batch_fast(group)
+            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), start):
+                length = len(encoding.ids)
+                if length > self.max_length and self.truncation != "error":
+                    encoding = self._tokenizer.encode(*pair)  # again: what is cut off a pair cannot be counted after
+                dropped = length - len(encoding.ids)
+                tokens.append(TokenizedText(self._convert(encoding, index, name="pairs").input_ids, dropped))
+        return tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, None if there is no such token."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def decode(self, token_id: int) -> str:
+        """The text of one token, as it reads: without what marks the start of a word."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     @cached_property
     def _whole(self) -> Tokenizer:
         """The same tokenizer without truncation: a setting, so not one to change while another thread tokenizes."""
@@ -135,13 +174,13 @@ class TextTokenizer:
         tokenizer.no_truncation()
         return tokenizer
 
-    def _convert(self, encoding: Encoding, index: int, *, limited: bool = True) -> TokenizedText:
+    def _convert(self, encoding: Encoding, index: int, *, limited: bool = True, name: str = "texts") -> TokenizedText:
         input_ids = np.array(encoding.ids, dtype=np.int32)
         if len(input_ids) == 0:
-            raise InputError(f"texts[{index}] has no tokens at all: drop it, or use a tokenizer with special tokens")
+            raise InputError(f"{name}[{index}] has no tokens at all: drop it, or use a tokenizer with special tokens")
         if limited and len(input_ids) > self.max_length:
             raise TextTooLong(
-                f"texts[{index}] has {len(input_ids)} tokens, max_length is {self.max_length}: "
+                f"{name}[{index}] has {len(input_ids)} tokens, max_length is {self.max_length}: "
                 'split it, or load with truncation="right"'
             )
         return TokenizedText(input_ids, sum(len(part) - self._num_special for part in encoding.overflowing))
@@ -176,12 +215,27 @@ def check_texts(texts: Sequence[str]) -> None:
     if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray | memoryview):
         raise InputError(f"texts must be a list of str, not {type(texts).__name__}: pass list(texts)")
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"texts[{index}] must be str, not {type(text).__name__}: convert or drop it")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"texts[{index}] has a lone surrogate {text[error.start]!a} at character {error.start}, which is not "
-                "valid Unicode: pass text.encode('utf-8', 'replace').decode()"
-            ) from error
+        _check_text(f"texts[{index}]", text)
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """As `check_texts`, of pairs of texts. Raises InputError."""
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str | bytes | bytearray | memoryview):
+        raise InputError(f"pairs must be a list of (text, text), not {type(pairs).__name__}")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(f"pairs[{index}] must be two texts, such as (query, passage), not {type(pair).__name__}")
+        for side, text in enumerate(pair):
+            _check_text(f"pairs[{index}][{side}]", text)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{name} must be str, not {type(text).__name__}: convert or drop it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has a lone surrogate {text[error.start]!a} at character {error.start}, which is not "
+            "valid Unicode: pass text.encode('utf-8', 'replace').decode()"
+        ) from error
