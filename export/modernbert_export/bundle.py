@@ -55,6 +55,8 @@ def write_model_files(source: Source, model: ModernBertModel, directory: Path) -
             "word_embedding_dimension": model.config.hidden_size,
             "pooling_mode_cls_token": source.pooling == "cls",
             "pooling_mode_mean_tokens": source.pooling == "mean",
+            # A mode that only this project knows, of a model that only this project opens.
+            **({"pooling_mode": "global"} if source.pooling == "global" else {}),
         },
     )
     _write_json(directory / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})

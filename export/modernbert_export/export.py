@@ -22,16 +22,17 @@ from modernbert.output import whole_directory
 from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
 from modernbert_export.contents import Contents, read_contents
-from modernbert_export.lower import IR_VERSION
+from modernbert_export.lower import FORMS, TargetForm
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
-from modernbert_export.precision import check_precisions
 from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import Source, open_source
+from modernbert_export.tensorrt.lint import lint
 from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
-from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS
+from modernbert_export.trace import INPUTS, OUTPUTS
+from modernbert_export.variants import Variant, choose_variants
 from modernbert_export.verify import fidelity_grid, verify, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
@@ -46,7 +47,7 @@ EXTRA_BYTES = 64 << 20
 class Exported:
     """One artifact that passed: its file below the bundle, its external weights, its report and contents."""
 
-    precision: str
+    variant: Variant
     file: str
     data_file: str | None
     report: ParityReport
@@ -65,8 +66,8 @@ def export(
     model: str,
     out: str | os.PathLike[str],
     *,
-    target: str = "portable",
-    precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = ("portable",),
+    precisions: Sequence[str] | None = None,
     pooling: str | None = None,
     max_length: int | None = None,
     text: str | os.PathLike[str] | None = None,
@@ -78,9 +79,9 @@ def export(
     Args:
         model: checkpoint directory or hub id.
         out: directory to make. It appears only when everything is in it and verified.
-        target: the lowering, one of `precision.SUPPORTED`.
-        precisions: one artifact each, the preferred one first.
-        pooling: "mean" or "cls"; by default what the checkpoint says, else "mean".
+        targets: what the graphs are for, of `variants.SUPPORTED`, the preferred one first.
+        precisions: of these each target gets those that it has, the preferred one first; by default its usual one.
+        pooling: "mean", "cls" or "global"; by default what the checkpoint says, else "mean".
         max_length: most tokens of a text; by default what the checkpoint says.
         text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
@@ -93,7 +94,7 @@ def export(
     return export_with_reports(
         model,
         out,
-        target=target,
+        targets=targets,
         precisions=precisions,
         pooling=pooling,
         max_length=max_length,
@@ -107,8 +108,8 @@ def export_with_reports(
     model: str,
     out: str | os.PathLike[str],
     *,
-    target: str = "portable",
-    precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = ("portable",),
+    precisions: Sequence[str] | None = None,
     pooling: str | None = None,
     max_length: int | None = None,
     text: str | os.PathLike[str] | None = None,
@@ -116,25 +117,25 @@ def export_with_reports(
     progress: Progress = lambda _: None,
 ) -> Export:
     """`export`, and what it found out on the way."""
-    lowering = check_precisions(target, tuple(precisions))
+    variants = choose_variants(targets, precisions)
+    made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length)
-    compared = text is not None or "int8" in precisions
+    compared = text is not None or "int8" in made
     max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
     texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
     weights = sum(path.stat().st_size for path in source.weight_files)
-    # The checkpoint, and per precision a graph; fp32 is there for int8 in any case.
-    room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
+    # The checkpoint, and weights per precision; those of fp32 are there for int8 in any case.
+    room = (1 + len({*made, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
     with whole_directory(Path(out), room=room) as partial:
         progress("loading the checkpoint")
         encoder = load_model(source.path)
         write_model_files(source, encoder, partial)
         (partial / "onnx").mkdir()
-        with InputSampler(encoder) if "int8" in precisions else contextlib.nullcontext() as sampler:
+        with InputSampler(encoder) if "int8" in made else contextlib.nullcontext() as sampler:
             wanted = embed_text(encoder, texts, source.pooling, source.normalize, progress)
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(
                 source=source,
-                target=lowering,
                 directory=partial / "onnx",
                 scratch=Path(scratch),
                 texts=texts,
@@ -142,11 +143,12 @@ def export_with_reports(
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
                 progress=progress,
             )
-            built = builder.build(encoder, precisions, sampler.rows if sampler else {})
+            built = builder.build(encoder, variants, sampler.rows if sampler else {})
         del encoder, sampler, builder
         gc.collect()  # graphs are full of cycles, and the references need their memory
         for one in built:
-            check_saved(one.file)
+            check_saved(one.file, FORMS[one.variant.target])
+            _check_lint(one)
         references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
         artifacts = []
         for one in built:
@@ -172,12 +174,13 @@ def export_with_reports(
             prompts=source.prompts,
             artifacts=tuple(
                 Artifact(
-                    target=target,
-                    precision=artifact.precision,
+                    target=artifact.variant.target,
+                    precision=artifact.variant.precision,
                     file=artifact.file,
                     data_file=artifact.data_file,
-                    opset=OPSET_VERSION,
-                    ir_version=IR_VERSION,
+                    opset=FORMS[artifact.variant.target].opset,
+                    ir_version=FORMS[artifact.variant.target].ir_version,
+                    max_length=artifact.variant.max_length,
                     parity=artifact.report.summary(),
                     activation_bytes=artifact.contents.activation_bytes,
                 )
@@ -201,28 +204,42 @@ def _prove(built: Built, source: Source, references: References, root: Path, pro
         built.file,
         source.path,
         artifact=name,
-        precision=built.precision,
+        precision=built.variant.precision,
         pooling=source.pooling,
         normalize=source.normalize,
-        max_length=source.max_length,
+        max_length=min(source.max_length, built.variant.max_length or source.max_length),
         references=references,
         progress=progress,
     )
-    report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=built.notes)
+    report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=report.notes + built.notes)
     if not report.passed:
         raise ParityError(report.to_markdown())
     progress(f"reading back {built.file.name}")
     return Exported(
-        precision=built.precision,
+        variant=built.variant,
         file=name,
         data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
         report=report,
-        contents=read_contents(built.file),
+        contents=read_contents(built.file, quadratic=FORMS[built.variant.target].quadratic),
     )
 
 
-def check_saved(file: Path) -> None:
-    """Reads a saved graph back and refuses a frozen axis, another opset, or anything but standard operators.
+def _check_lint(built: Built) -> None:
+    """Refuses a graph for TensorRT that its parser would refuse or compute wrongly.
+
+    Raises:
+        ParityError: it has faults; all are listed.
+    """
+    if built.variant.target in ("tensorrt", "tensorrt-dense"):
+        proto = onnx.load(built.file, load_external_data=False)
+        faults = lint(proto, precision=built.variant.precision, islands=sum(row.products for row in built.ranges))
+        if faults:
+            listed = "\n".join(map(str, faults))
+            raise ParityError(f"{built.file.name}: TensorRT would not build what was meant:\n{listed}")
+
+
+def check_saved(file: Path, form: TargetForm) -> None:
+    """Reads a saved graph back and refuses a frozen axis, or operators that are not of its target.
 
     Raises:
         ParityError: the file is not what was meant.
@@ -241,8 +258,8 @@ def check_saved(file: Path) -> None:
     for what, got, want in (
         ("axes", axes, wanted),
         ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(OUTPUTS, floats)),
-        ("opsets", opsets, {"": OPSET_VERSION}),
-        ("ir_version", proto.ir_version, IR_VERSION),
+        ("opsets", opsets, {"": form.opset, **form.domains}),
+        ("ir_version", proto.ir_version, form.ir_version),
         ("functions", [function.name for function in proto.functions], []),
     ):
         if got != want:

@@ -60,7 +60,7 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
 
     Args:
         model: directory or hub id.
-        pooling: "mean" or "cls" in place of what the checkpoint says.
+        pooling: "mean", "cls" or "global" in place of what the checkpoint says.
         max_length: tokens per text in place of what the checkpoint says; it cannot exceed its positions.
 
     Raises:
@@ -74,12 +74,15 @@ def open_source(model: str, *, pooling: str | None = None, max_length: int | Non
             f"model {model!r} has no model.safetensors; save it with save_pretrained() (pickled weights are not read)"
         )
     modules = _modules(path)
+    pooling = _pooling(path / modules.get("Pooling", "1_Pooling"), pooling)
+    if pooling == "global" and not config.num_global_tokens:
+        raise InputError(f"pooling 'global' needs global tokens, and model {name!r} has none; take mean or cls")
     check_weights(name, sorted(path.glob("model*.safetensors")), config)
     return Source(
         name=name,
         path=path,
         config=config,
-        pooling=_pooling(path / modules.get("Pooling", "1_Pooling"), pooling),
+        pooling=pooling,
         normalize="Normalize" in modules if modules else True,
         prompts=_prompts(path),
         max_length=_max_length(path, config, max_length),

@@ -44,6 +44,14 @@ class LayerRange:
         mlp = max(self.gated, self.branch) > limit
         return (*(("attention",) if attention else ()), *(("mlp",) if mlp else ()))
 
+    @property
+    def products(self) -> int:
+        """How many products of matrices, attentions and activations `fp32` keeps out of 16 bits.
+
+        Softmax attention is one; the MLP has a product for each half of Wi, its activation, and one for Wo.
+        """
+        return sum({"attention": 1, "mlp": 4}[part] for part in self.fp32)
+
     @staticmethod
     def table(ranges: Sequence[LayerRange]) -> list[str]:
         """Lines of Markdown."""

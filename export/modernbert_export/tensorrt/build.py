@@ -13,12 +13,56 @@ from typing import Any, TypeVar
 
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
+from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.manifest import sha256_file
 from modernbert_runtime.tensorrt_engine import INPUTS, device_here, load_tensorrt
-from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile, plan_profiles
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
+
+
+def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> Path:
+    """Builds the plans of a bundle for the GPU and TensorRT of this machine, in a directory below it.
+
+    Its graphs say which length each is for: that of `tensorrt-dense` is the crossover, chosen by counting work
+    (`tensorrt_plan.DENSE_LENGTH`) and not yet by measuring, for which no GPU was at hand.
+
+    Returns:
+        The directory.
+
+    Raises:
+        BundleError: the bundle has no graphs for TensorRT, or is not whole.
+        EngineError, InputError: as for `build_plans`.
+    """
+    bundle = Bundle.open(root)
+    artifacts = [bundle.artifact(target=target) for target in ("tensorrt-dense", "tensorrt")]
+    files = {artifact.target: bundle.onnx_path(artifact) for artifact in artifacts}
+    weights = {artifact.data_file: bundle.path_of(artifact.data_file) for artifact in artifacts if artifact.data_file}
+    profiles = plan_profiles(bundle.manifest.max_length)
+    key = plan_key(profiles, artifacts[0].precision, onnx_hash([*files.values(), *weights.values()]))
+    out = bundle.root / "tensorrt" / key.folder
+    build_plans(files, out, profiles=profiles, precision=key.precision, onnx_sha256=key.onnx_sha256, progress=progress)
+    return out
+
+
+def plan_key(profiles: tuple[Profile, ...], precision: str, onnx_sha256: str, flags: tuple[str, ...] = ()) -> PlanKey:
+    """What plans built here and now are for.
+
+    Raises:
+        EngineError: TensorRT or a GPU is missing.
+    """
+    trt = load_tensorrt()
+    gpu, capability = device_here()
+    return PlanKey(
+        onnx_sha256=onnx_sha256,
+        tensorrt=trt.__version__,
+        gpu=gpu,
+        compute_capability=capability,
+        precision=precision,
+        profiles=profiles,
+        flags=flags,
+    )
 
 
 def build_plans(
@@ -49,18 +93,9 @@ def build_plans(
         InputError: TensorRT refuses a graph (each of its errors is listed), or `out` exists.
         KeyboardInterrupt: the build was cancelled.
     """
-    trt = load_tensorrt()
-    gpu, capability = device_here()
     flags = () if workspace_bytes is None else (f"workspace={workspace_bytes}",)
-    key = PlanKey(
-        onnx_sha256=onnx_sha256,
-        tensorrt=trt.__version__,
-        gpu=gpu,
-        compute_capability=capability,
-        precision=precision,
-        profiles=profiles,
-        flags=flags,
-    )
+    key = plan_key(profiles, precision, onnx_sha256, flags)
+    trt = load_tensorrt()
     files = {}
     with whole_directory(out) as partial:
         for graph in dict.fromkeys(limits.graph for limits in profiles):
