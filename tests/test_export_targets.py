@@ -1,6 +1,6 @@
 """One export for several targets: files, shared weights, manifest, and that engines run what is meant for them."""
 
-import collections
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +12,14 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, randomise, write_checkpoint
 from test_lowering_targets import cosine
 
 import modernbert_export.export as export_module
+from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError, ParityError
+from modernbert.model import ModernBertForMaskedLM
+from modernbert_export.contents import read_contents
 from modernbert_export.export import export
 from modernbert_export.lower import FORMS
 from modernbert_export.shared_weights import SharedWeights
@@ -63,6 +66,7 @@ def test_one_bundle_holds_all_targets(every: Path) -> None:
                 proto.ir_version,
             )
         )
+        assert bool(artifact.activation_bytes) == (artifact.target == "portable")
         assert artifact.max_length == (DENSE_LENGTH if artifact.target == "tensorrt-dense" else None)
 
 
@@ -90,12 +94,37 @@ def test_every_artifact_computes_what_transformers_does(
     assert cosine(got, want.numpy()).min() >= {"fp32": 0.999999, "fp16": 0.9999}[precision]
 
 
-def test_the_report_counts_attention_whatever_its_operator(every: Path) -> None:
-    flops = collections.defaultdict(set)
-    for row in (every / "parity.md").read_text().splitlines():
-        if row.startswith("| matrix products"):
-            flops["all"].add(row)
-    assert len(flops["all"]) > 1  # dense local layers do more work than banded ones
+def test_attention_counts_as_work_whatever_its_operator(every: Path) -> None:
+    contents = read_contents(every / "onnx/model_tensorrt-dense_fp16.onnx", quadratic=True)
+    hidden, inner, layers = TINY["hidden_size"], TINY["intermediate_size"], TINY["num_hidden_layers"]
+    for tokens in (512, 8192):
+        linear = 2 * tokens * hidden * (4 * hidden + 3 * inner)
+        assert contents.flops[str(tokens)] == layers * (linear + 4 * tokens**2 * hidden)
+
+
+def test_only_portable_graphs_must_stay_bounded(every: Path) -> None:
+    read_contents(every / "onnx/model.onnx")
+    with pytest.raises(ParityError, match="grows with the square of the length"):
+        read_contents(every / "onnx/model_openvino.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_global_tokens", [0, 1])
+def test_every_lowering_holds_at_2048_and_8192_tokens(tmp_path: Path, num_global_tokens: int) -> None:
+    sizes = dict(
+        hidden_size=16, num_attention_heads=1, num_hidden_layers=2, local_attention=128, max_position_embeddings=8192
+    )
+    path = write_checkpoint(tmp_path / "narrow", **sizes)
+    if num_global_tokens:
+        model = ModernBertForMaskedLM(ModernBertConfig(**{**TINY, **sizes}, num_global_tokens=num_global_tokens))
+        randomise(model)
+        model.save_pretrained(path)
+    # Refuses, besides lost parity, a portable graph in which anything grows with the square of the length.
+    export(str(path), tmp_path / "out", targets=TARGETS, precisions=("fp32", "fp16"))
+    for report in json.loads((tmp_path / "out/parity.json").read_text())["artifacts"]:
+        lengths = {row["case"]["length"] for row in report["comparisons"]}
+        long = {length for length in lengths if length > DENSE_LENGTH}
+        assert long == (set() if "dense" in report["artifact"] else {2048, 8192}), report["artifact"]
 
 
 def test_openvino_runs_its_own_artifact(every: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -182,7 +182,10 @@ def export_with_reports(
                     ir_version=FORMS[artifact.variant.target].ir_version,
                     max_length=artifact.variant.max_length,
                     parity=artifact.report.summary(),
-                    activation_bytes=artifact.contents.activation_bytes,
+                    # What is fused away is in the estimate of a graph, and not in what its engine needs.
+                    activation_bytes={}
+                    if FORMS[artifact.variant.target].quadratic
+                    else artifact.contents.activation_bytes,
                 )
                 for artifact in artifacts
             ),

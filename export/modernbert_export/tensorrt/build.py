@@ -25,8 +25,8 @@ T = TypeVar("T")
 def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> Path:
     """Builds the plans of a bundle for the GPU and TensorRT of this machine, in a directory below it.
 
-    Its graphs say which length each is for: that of `tensorrt-dense` is the crossover, chosen by counting work
-    (`tensorrt_plan.DENSE_LENGTH`) and not yet by measuring, for which no GPU was at hand.
+    Up to `max_length` of the artifact `tensorrt-dense` they come from that graph, above it from the banded one. That
+    length is chosen by counting work, not yet by measuring (`tensorrt_plan.DENSE_LENGTH`).
 
     Returns:
         The directory.
