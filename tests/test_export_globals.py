@@ -5,6 +5,7 @@ transformers has no global tokens. The reference is our model in float64 with `e
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomise, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lowering_targets import cosine
 from tokenizers import Tokenizer
 
@@ -109,6 +110,17 @@ def test_a_window_that_is_one_too_wide_is_found(
     with pytest.raises(ParityError, match=r"First layer that differs: layer 1 \(sliding"):
         export(str(with_globals), tmp_path / "out", max_length=20)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["global layer", "local layer"])
+def test_attention_beyond_fp16_is_fp32_for_tensorrt_too(with_globals: Path, tmp_path: Path, layer: int) -> None:
+    path = Path(shutil.copytree(with_globals, tmp_path / "large"))
+    weights = load_file(path / "model.safetensors")
+    weights[f"model.layers.{layer}.attn.Wqkv.weight"][2 * TINY["hidden_size"] :] *= 1e4
+    weights[f"model.layers.{layer}.attn.Wo.weight"] /= 1e4
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    export(str(path), tmp_path / "out", targets=("tensorrt",), max_length=20)
+    assert "attention |" in (tmp_path / "out/parity.md").read_text()
 
 
 def test_pooling_global_needs_global_tokens(checkpoint: Path, tmp_path: Path) -> None:

@@ -108,10 +108,14 @@ class Builder:
     def _lowered(
         self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
     ) -> dict[Variant, Built]:
-        """The files of one trace. Weights lie beside the first, except that fp16 alone needs no second file."""
+        """The files of one trace and that of their weights, except that a single one in fp16 holds its own.
+
+        The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
+        """
         weights = None
         if len(variants) > 1 or any(variant.precision == "fp32" for variant in variants):
-            weights = SharedWeights(folder / f"{variants[0].file}_data")
+            named_by = min(variants, key=lambda variant: variant.target != "portable")
+            weights = SharedWeights(folder / f"{named_by.file}_data")
         built = {}
         for variant in variants:
             self.progress(f"lowering {variant.precision} to {variant.target} ONNX")

@@ -148,7 +148,7 @@ def export_with_reports(
         gc.collect()  # graphs are full of cycles, and the references need their memory
         for one in built:
             check_saved(one.file, FORMS[one.variant.target])
-            _check_lint(one)
+            _check_lint(one, with_globals=source.config.num_global_tokens > 0)
         references = compute_references(source.path, fidelity_grid(source.config, source.max_length), progress)
         artifacts = []
         for one in built:
@@ -227,7 +227,7 @@ def _prove(built: Built, source: Source, references: References, root: Path, pro
     )
 
 
-def _check_lint(built: Built) -> None:
+def _check_lint(built: Built, *, with_globals: bool) -> None:
     """Refuses a graph for TensorRT that its parser would refuse or compute wrongly.
 
     Raises:
@@ -235,14 +235,15 @@ def _check_lint(built: Built) -> None:
     """
     if built.variant.target in ("tensorrt", "tensorrt-dense"):
         proto = onnx.load(built.file, load_external_data=False)
-        faults = lint(proto, precision=built.variant.precision, islands=sum(row.products for row in built.ranges))
+        islands = sum(row.products(with_globals=with_globals) for row in built.ranges)
+        faults = lint(proto, precision=built.variant.precision, islands=islands)
         if faults:
             listed = "\n".join(map(str, faults))
             raise ParityError(f"{built.file.name}: TensorRT would not build what was meant:\n{listed}")
 
 
 def check_saved(file: Path, form: TargetForm) -> None:
-    """Reads a saved graph back and refuses a frozen axis, or operators that are not of its target.
+    """Reads a saved graph back and refuses a frozen axis, another form than its target's, or a function left.
 
     Raises:
         ParityError: the file is not what was meant.

@@ -88,7 +88,7 @@ def _plan(bundle: Path) -> None:
             print(f"\nTensorRT plans for this machine: {plan_bundle(bundle, progress=tell)}")
     except EngineError as error:
         print(
-            f"\nNo TensorRT plans were built ({error}). On the machine that is to run them: "
+            f"\nNo TensorRT plans were built: {error}. On the machine that is to run them: "
             f"python -m modernbert_export.tensorrt {bundle}"
         )
 

@@ -41,7 +41,7 @@ _DATA_INPUT = {"Where": 1}
 _CONSTANT_INPUT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1, "ReduceMean": 1, "ReduceMax": 1, "ReduceL2": 1}
 # Statistics, angles and sums over many tokens; and what makes the engine fast.
 _ALWAYS_FP32 = ("LayerNormalization", "RotaryEmbedding", "ReduceSum", "ReduceL2", "Sin", "Cos")
-_IN_PRECISION = ("MatMul", "Attention", "Gelu")
+_IN_PRECISION = ("MatMul", "Attention")
 _BOUNDS = ("Max", "Clip", "Softmax")  # behind these a value is no longer beyond fp16
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
@@ -78,7 +78,7 @@ def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Fi
     found = len(findings) - len(others)
     if found == islands:
         return others
-    message = f"{found} products, attentions or activations are fp32, not the {islands} that must be"
+    message = f"{found} products or attentions are fp32, not the {islands} that must be"
     return [Finding(rule="island", where="the graph", message=message), *findings]
 
 
