@@ -16,6 +16,7 @@ from conftest import TINY, randomise, write_checkpoint
 from test_lowering_targets import cosine
 
 import modernbert_export.export as export_module
+from modernbert.cli.export import build_plans_or_say_why
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError, ParityError
 from modernbert.model import ModernBertForMaskedLM
@@ -27,7 +28,7 @@ from modernbert_export.tensorrt import build as build_module
 from modernbert_export.tensorrt.lint import Finding
 from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants
 from modernbert_export.verify import open_session
-from modernbert_runtime import Embedder
+from modernbert_runtime import Embedder, EngineError
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH, PlanRecord
 
@@ -195,6 +196,20 @@ def test_plans_are_built_from_what_the_bundle_holds(every: Path, monkeypatch: py
     assert {profile.graph for profile in seen["profiles"]} == {"tensorrt-dense", "tensorrt"}
     assert max(profile.max_length for profile in seen["profiles"]) == TINY["max_position_embeddings"]
     assert {f"{target}.plan" for target in seen["graphs"]} == {PlanRecord.file_of(p.graph) for p in seen["profiles"]}
+
+
+def test_export_says_how_to_build_plans_where_it_cannot(
+    every: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> Any:
+        raise EngineError("tensorrt cannot be imported")
+
+    monkeypatch.setattr(build_module, "load_tensorrt", missing)
+    build_plans_or_say_why(every)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("No TensorRT plans were built: tensorrt cannot be imported. ")
+    assert line.endswith(f"python -m modernbert_export.tensorrt {every}")
+    assert not (every / "tensorrt").exists()
 
 
 @pytest.mark.parametrize(

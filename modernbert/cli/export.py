@@ -74,12 +74,12 @@ def export(
             print(f"\n{artifact.report.text.to_markdown()}")
         print(f"\n{artifact.contents.to_markdown('in the graph')}", end="")
     if any(artifact.variant.target == "tensorrt" for artifact in exported.artifacts):
-        _plan(out)
+        build_plans_or_say_why(out)
     print(f"\nTook {time.monotonic() - began:.0f} s{_peak_memory()}.")
 
 
-def _plan(bundle: Path) -> None:
-    """Builds TensorRT plans where that is possible, and says so where it is not: the bundle is whole without them."""
+def build_plans_or_say_why(bundle: Path) -> None:
+    """Prints where the TensorRT plans of this machine are, or why there are none: the bundle is whole without them."""
     from modernbert_export.tensorrt.build import plan_bundle
     from modernbert_runtime.errors import EngineError
 
