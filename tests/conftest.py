@@ -98,6 +98,19 @@ def traced(checkpoint: Path) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="session")
+def half_traced(checkpoint: Path) -> onnx.ModelProto:
+    """The same in fp16."""
+    from modernbert.model import load_model
+    from modernbert_export.precision.audit import audit
+    from modernbert_export.precision.half import to_half
+    from modernbert_export.trace import trace
+
+    model = load_model(checkpoint)
+    ranges = audit(model, [torch.arange(TINY["vocab_size"])])
+    return ir.to_proto(trace(to_half(model, torch.float16, ranges), pooling="mean", normalize=True))
+
+
+@pytest.fixture(scope="session")
 def data() -> Path:
     """Real text and a real tokenizer, which stand beside the project and not in it."""
     directory = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -25,6 +25,7 @@ from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
 from modernbert.output import whole_directory
 from modernbert_export.export import check_saved, export
+from modernbert_export.lower import FORMS
 from modernbert_export.source import open_source
 from modernbert_runtime import Embedder
 from modernbert_runtime.bundle import Bundle
@@ -66,15 +67,15 @@ def source(checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_trace(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the graph of `bundle` in place of a trace of their own, which takes seconds."""
-    monkeypatch.setattr(build_module, "trace", lambda model, **_: None)
-    monkeypatch.setattr(build_module, "lower", lambda graph, target: ir.load(bundle / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "trace", lambda model, **_: ir.load(bundle / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "lower", lambda graph, target: graph)
 
 
 # The file
 
 
 def test_file_is_plain_onnx_with_weights_beside_it(bundle: Path) -> None:
-    check_saved(bundle / "onnx/model.onnx")
+    check_saved(bundle / "onnx/model.onnx", FORMS["portable"])
     onnx.checker.check_model(bundle / "onnx/model.onnx", full_check=True)
     proto = stored_graph(bundle)
     assert proto.ir_version == 10
@@ -180,7 +181,7 @@ def test_saved_file_with_a_fault_is_refused(
     fault(proto)
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(ParityError, match=named):
-        check_saved(tmp_path / "model.onnx")
+        check_saved(tmp_path / "model.onnx", FORMS["portable"])
 
 
 # The directory

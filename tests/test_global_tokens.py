@@ -291,17 +291,3 @@ def test_a_classifier_may_read_it() -> None:
     ids, mask = batch()
     want = model.classifier(model.head(model.model(ids, mask).global_hidden_state[:, 0]))
     torch.testing.assert_close(model(ids, mask).logits, want)
-
-
-# Export
-
-
-def test_the_exporter_refuses_them_in_one_line(tmp_path: Path) -> None:
-    from modernbert_export.export import export
-
-    write_checkpoint(tmp_path / "model")
-    ModernBertForMaskedLM(ModernBertConfig(**TINY, num_global_tokens=2)).save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match="num_global_tokens is 2, must be 0") as caught:
-        export(str(tmp_path / "model"), tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()

@@ -12,15 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
 from modernbert.attention import eager, rotary_tables
-from modernbert.packing import Packing
+from modernbert.packing import Packing, SharedKeys
 from modernbert_export.lower import FORMS
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, QUERY_BLOCK
 from modernbert_export.ops.local_attention import LOCAL_ATTENTION
+from modernbert_export.ops.local_attention_with_globals import LOCAL_ATTENTION_WITH_GLOBALS as WITH_GLOBALS
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
 from modernbert_export.ops.rotary import ROTARY
 
@@ -41,6 +43,13 @@ def qkv(batch: int, length: int) -> list[Tensor]:
     q, k, v = (2 * torch.randn(batch, HEADS, length, SIZE, generator=generator) for _ in range(3))
     # The operators take queries that are scaled already.
     return [x.double() for x in (q * SIZE**-0.5, k, v)]
+
+
+def with_globals(batch: int, length: int, number: int = 2) -> list[Tensor]:
+    """q, plain q, k and v of tokens [B, H, S, K], k and v of global tokens [B, H, G, K], as `qkv`."""
+    q, k, v = qkv(batch, length)
+    plain, global_k, global_v = qkv(batch, length + number)
+    return [q, plain[:, :, :length], k, v, global_k[:, :, :number], global_v[:, :, :number]]
 
 
 def angles(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -80,10 +89,11 @@ def one_node_model(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: 
     form = FORMS[target]
     versions = {"": form.opset, OPSET.domain: OPSET.version, **form.domains}
     opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
-    function = op.function(target)
-    del function.opset_import[:]
-    function.opset_import.extend(opsets)
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=form.ir_version, functions=[function])
+    functions = op.functions(target)
+    for function in functions:
+        del function.opset_import[:]
+        function.opset_import.extend(opsets)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=form.ir_version, functions=functions)
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -111,7 +121,7 @@ def on_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def test_every_operator_is_tested_here() -> None:
-    assert [op.name for op in OPS] == [op.name for op in (ROTARY, LOCAL_ATTENTION, GLOBAL_ATTENTION)]
+    assert [op.name for op in OPS] == [op.name for op in (ROTARY, LOCAL_ATTENTION, WITH_GLOBALS, GLOBAL_ATTENTION)]
     for op in OPS:
         assert not onnx.defs.has(op.name), f"{op.name} is the name of a built-in operator"
         assert set(op.bodies) == set(TARGETS)
@@ -119,7 +129,10 @@ def test_every_operator_is_tested_here() -> None:
             proto = op.function(target)
             assert (proto.name, proto.domain, tuple(proto.input)) == (op.name, OPSET.domain, op.inputs)
             assert set(proto.attribute) == set(op.attributes)
-            assert {node.domain for node in proto.node} <= {"", "ai.onnx", *FORMS[target].domains}
+            # Parts of bodies, in our domain, come with them.
+            parts = {part.name for part in op.functions(target)[1:]}
+            assert {node.domain for node in proto.node} <= {"", "ai.onnx", OPSET.domain, *FORMS[target].domains}
+            assert {node.op_type for node in proto.node if node.domain == OPSET.domain} == parts
 
 
 # The references
@@ -137,6 +150,25 @@ def test_reference_is_the_models_attention(radius: int | None, batch: int) -> No
                 y = LOCAL_ATTENTION.torch_op(*inputs, key_bias(mask), radius)
             assert y.isfinite().all()
             want = by_eager(*inputs, mask, radius)
+            torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
+
+
+@pytest.mark.parametrize("radius", RADII)
+def test_reference_with_globals_is_the_models_attention(radius: int) -> None:
+    # The model's form: one query, rotated and plain side by side, and keys with zeros where they are not met.
+    for batch, length in product((1, 2, 3), range(1, 3 * radius + 3)):
+        q, plain, k, v, global_k, global_v = with_globals(batch, length)
+        for padding, mask in masks(batch, length).items():
+            y = WITH_GLOBALS.torch_op(q, plain, k, v, global_k, global_v, key_bias(mask), radius)
+            packing = Packing.from_mask(mask)
+            both, met, value = (
+                packing.pack(x.transpose(1, 2))
+                for x in (torch.cat((q, plain), -1), F.pad(k, (0, SIZE)), F.pad(v, (0, SIZE)))
+            )
+            shared = SharedKeys(
+                k_BGHK=F.pad(global_k, (SIZE, 0)).transpose(1, 2), v_BGHK=F.pad(global_v, (0, SIZE)).transpose(1, 2)
+            )
+            want = eager(both * (2 * SIZE) ** 0.5, met, value, packing, radius, 0.0, shared)[..., :SIZE]
             torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
 
 
@@ -163,6 +195,7 @@ def test_operators_are_well_formed_for_torch_export(dtype: torch.dtype) -> None:
             (ROTARY, (view(q), *tables)),
             (GLOBAL_ATTENTION, (view(q), view(k), view(v), bias)),
             (LOCAL_ATTENTION, (view(q), view(k), view(v), bias, 3)),
+            (WITH_GLOBALS, (*map(view, (q, q, k, v, k[:, :, :2], v[:, :, :2])), bias, 3)),
         ):
             torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -191,6 +224,29 @@ def test_local_attention_body_equals_its_reference_at_the_real_radius(target: st
         inputs, mask = qkv(2, length), masks(2, length)["left"]
         y = run(runner, op, *inputs, key_bias(mask))
         check(y, op.torch_op(*inputs, key_bias(mask), radius), mask, f"length {length}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("radius", RADII)
+def test_local_attention_with_globals_body_equals_its_reference(target: str, radius: int) -> None:
+    runner = session(WITH_GLOBALS, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 4, 4, 4, 2])
+    for batch, length in product((1, 3), range(1, 3 * radius + 3)):
+        inputs = with_globals(batch, length, number=1 + length % 3)
+        for padding, mask in masks(batch, length).items():
+            y = run(runner, WITH_GLOBALS, *inputs, key_bias(mask))
+            want = WITH_GLOBALS.torch_op(*inputs, key_bias(mask), radius)
+            check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fewer_queries_than_keys(target: str) -> None:
+    runner = session(GLOBAL_ATTENTION, target, dict(num_heads=HEADS), [4, 4, 4, 2])
+    for queries, length in ((1, 5), (2, 2), (3, QUERY_BLOCK + 2), (QUERY_BLOCK + 1, QUERY_BLOCK + 3)):
+        q, k, v = qkv(2, length)
+        mask = masks(2, length)["right"]
+        y = run(runner, GLOBAL_ATTENTION, q[:, :, :queries], k, v, key_bias(mask))
+        want = GLOBAL_ATTENTION.torch_op(q[:, :, :queries], k, v, key_bias(mask))
+        torch.testing.assert_close(y, want, **FP32, msg=lambda text, n=length: f"length {n}: {text}")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -220,8 +220,8 @@ def quick(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the fp32 graph of `several` in place of a trace of their own, which takes seconds."""
     import onnx_ir as ir
 
-    monkeypatch.setattr(build_module, "trace", lambda model, **_: None)
-    monkeypatch.setattr(build_module, "lower", lambda graph, target: ir.load(several / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "trace", lambda model, **_: ir.load(several / "onnx/model.onnx"))
+    monkeypatch.setattr(build_module, "lower", lambda graph, target: graph)
 
 
 # Islands of fp32
@@ -234,6 +234,16 @@ def large_values(tmp_path: Path) -> Path:
     weights = load_file(path / "model.safetensors")
     weights["model.layers.1.mlp.Wi.weight"] *= 400
     weights["model.layers.1.mlp.Wo.weight"] /= 160_000
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def source_of_large(tmp_path: Path) -> Path:
+    """A checkpoint with one weight that fp16 cannot hold."""
+    path = write_checkpoint(tmp_path / "weights", num_hidden_layers=3)
+    weights = load_file(path / "model.safetensors")
+    weights["model.embeddings.tok_embeddings.weight"][0, 0] = 1e5
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -252,7 +262,9 @@ def test_audit_finds_what_fp16_cannot_hold(large_values: Path) -> None:
 def test_values_beyond_fp16_are_computed_in_fp32_or_refused(
     large_values: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(str(large_values), tmp_path / "out", precisions=("fp16",), max_length=40)
+    # For TensorRT the lint counts what is fp32, too.
+    targets = ("portable", "tensorrt")
+    export(str(large_values), tmp_path / "out", targets=targets, precisions=("fp16",), max_length=40)
     assert "| 1 (sliding_attention) |" in (tmp_path / "out/parity.md").read_text()
 
     def blind(*arguments: Any) -> Any:
@@ -264,6 +276,14 @@ def test_values_beyond_fp16_are_computed_in_fp32_or_refused(
     assert not (tmp_path / "other").exists()
 
 
+def test_weights_beyond_fp16_are_refused_by_name(source_of_large: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ParityError, match=r"embeddings\.tok_embeddings\.weight has values beyond float16: export it as fp32"
+    ):
+        export(str(source_of_large), tmp_path / "out", precisions=("fp16",), max_length=40)
+    assert not (tmp_path / "out").exists()
+
+
 # Bad input
 
 
@@ -271,9 +291,15 @@ def test_values_beyond_fp16_are_computed_in_fp32_or_refused(
     ("settings", "named"),
     [
         (dict(precisions=("fp8",)), r"precision for target portable must be one of fp32, fp16, int8, not 'fp8'"),
-        (dict(precisions=()), "precision is empty"),
+        (dict(precisions=()), "precision for target portable is empty"),
         (dict(precisions=("fp32", "fp32")), "more than once"),
-        (dict(target="abacus"), "target must be one of portable, not 'abacus'"),
+        (dict(targets=("abacus",)), "target must be one of portable, openvino, ort-cuda, tensorrt, not 'abacus'"),
+        (dict(targets=()), "target is empty"),
+        (dict(targets=("openvino",) * 2), "target names 'openvino' more than once"),
+        (
+            dict(targets=("portable", "tensorrt"), precisions=("fp32",)),
+            "for target tensorrt must be one of fp16, not fp32",
+        ),
         (dict(text="nowhere.txt"), "text 'nowhere.txt' cannot be read"),
     ],
     ids=str,

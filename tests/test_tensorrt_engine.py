@@ -26,7 +26,6 @@ from conftest import TINY
 from modernbert.model import load_model
 from modernbert.pooling import EmbeddingHead
 from modernbert_export.lower import lower
-from modernbert_export.tensorrt.half import HalfPass
 from modernbert_runtime import tensorrt_engine
 from modernbert_runtime.errors import EngineError, InputError
 from modernbert_runtime.plan_store import Plans
@@ -222,12 +221,11 @@ class Context:
 
 
 @pytest.fixture(scope="module")
-def plans(traced: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plans(half_traced: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of "plans" with their record. Leave it as it is."""
     directory, files = tmp_path_factory.mktemp("plans"), {}
     for target in ("tensorrt-dense", "tensorrt"):
-        graph = ir.from_proto(traced)
-        HalfPass()(graph)
+        graph = ir.from_proto(half_traced)
         plan = ir.to_proto(lower(graph, target)).SerializeToString()
         name = PlanRecord.file_of(target)
         (directory / name).write_bytes(plan)

@@ -1,7 +1,7 @@
-"""The graph files of an export, one per precision, built and not yet verified on the grid.
+"""The graph files of an export, one per variant, built and not yet verified on the grid.
 
-All precisions start from one checkpoint. int8 is made from the fp32 file; fp16 has a trace of its own, because its
-islands are chosen in torch.
+All start from one checkpoint. There is a trace for fp32 and one for fp16, whose islands are chosen in torch; each is
+lowered for every target. int8 is made from the portable fp32 file. Graphs of one precision share a file of weights.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 from modernbert.errors import ParityError
 from modernbert_export.lower import lower
-from modernbert_export.ops.op import Target
-from modernbert_export.precision import FILES
 from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, smooth
 from modernbert_export.precision.half import to_half
 from modernbert_export.precision.int8 import LEVELS, quantize
+from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.source import Source
 from modernbert_export.tasks import EMBEDDING, Loaded
 from modernbert_export.text_fidelity import TextFidelity, TextSet
 from modernbert_export.trace import trace
+from modernbert_export.variants import Variant
 from modernbert_export.verify import Array, verify_text
 
 Progress = Callable[[str], None]
@@ -40,7 +40,7 @@ AUDIT_LENGTHS = (512, 8192)
 class Built:
     """A graph file, its external weights or None, and what a report should say about how it came to be."""
 
-    precision: str
+    variant: Variant
     file: Path
     data_file: Path | None = None
     text: TextFidelity | None = None
@@ -54,7 +54,6 @@ class Builder:
 
     Args:
         source: the checkpoint.
-        target: the lowering.
         directory: where the files go.
         scratch: where the fp32 file goes if it is wanted for int8 only.
         texts: what int8 is measured on.
@@ -64,7 +63,6 @@ class Builder:
     """
 
     source: Source
-    target: Target
     directory: Path
     scratch: Path
     texts: TextSet
@@ -72,50 +70,72 @@ class Builder:
     levels: int = LEVELS
     progress: Progress = lambda _: None
 
-    def build(self, model: Loaded, precisions: Sequence[str], rows: dict[str, torch.Tensor]) -> list[Built]:
+    def build(self, model: Loaded, variants: Sequence[Variant], rows: dict[str, torch.Tensor]) -> list[Built]:
         """Makes the files, in the order given. Uses the model up: the caller should drop it.
 
         Args:
             model: the checkpoint in fp32.
-            precisions: those that are wanted.
+            variants: those that are wanted.
             rows: sampled inputs of its linear layers, for int8.
 
         Raises:
             ParityError: int8 loses too much on the text, however much of it stays fp32.
         """
-        built: dict[str, Built] = {}
+        portable = Variant("portable", "fp32")
+        int8 = [variant for variant in variants if variant.precision == "int8"]
+        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16")}
         choices = []
-        if "int8" in precisions:
+        if int8:
             self.progress("int8: measuring the error of each linear layer")
             choices = smooth(model.encoder, rows, self.levels)
-        if {"fp32", "int8"}.intersection(precisions):
-            folder = self.directory if "fp32" in precisions else self.scratch
-            built["fp32"] = self._fp32(model, folder)
-        if "int8" in precisions:
-            built["int8"] = self._int8(built["fp32"].file, choices)
-        if "fp16" in precisions:
-            built["fp16"] = self._half("fp16", torch.float16, self.source.load())
-        return [built[precision] for precision in precisions]
+        built: dict[Variant, Built] = {}
+        if wanted["fp32"] or int8:
+            graph = self._trace(model, "fp32")
+            built |= self._lowered(graph, wanted["fp32"], self.directory)
+        for variant in int8:
+            fp32 = built.get(portable) or self._lowered(graph, [portable], self.scratch)[portable]
+            built[variant] = self._int8(variant, fp32.file, choices)
+        if wanted["fp16"]:
+            built |= self._half("fp16", torch.float16, self.source.load(), wanted["fp16"])
+        return [built[variant] for variant in variants]
 
-    def _graph(self, model: Loaded, what: str) -> ir.Model:
+    def _trace(self, model: Loaded, what: str) -> ir.Model:
         self.progress(f"tracing {what}")
-        graph = trace(
+        return trace(
             model.encoder,
             pooling=self.source.pooling,
             normalize=self.source.normalize,
             head=None if self.source.task == EMBEDDING else model.head,
         )
-        self.progress(f"lowering {what} to {self.target} ONNX")
-        return lower(graph, self.target)
 
-    def _fp32(self, model: Loaded, folder: Path) -> Built:
-        file = folder / FILES["fp32"]
-        ir.save(self._graph(model, "fp32"), file, external_data=f"{file.name}_data")
-        return Built(precision="fp32", file=file, data_file=file.with_name(f"{file.name}_data"))
+    def _lowered(
+        self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
+    ) -> dict[Variant, Built]:
+        """The files of one trace and that of their weights, except that a single one in fp16 holds its own.
 
-    def _int8(self, fp32: Path, choices: Sequence[LinearChoice]) -> Built:
+        The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
+        """
+        weights = None
+        if len(variants) > 1 or any(variant.precision == "fp32" for variant in variants):
+            named_by = min(variants, key=lambda variant: variant.target != "portable")
+            weights = SharedWeights(folder / f"{named_by.file}_data")
+        built = {}
+        for variant in variants:
+            self.progress(f"lowering {variant.precision} to {variant.target} ONNX")
+            graph = lower(traced.clone(), variant.target)
+            file = folder / variant.file
+            if weights is None:
+                ir.save(graph, file)
+            else:
+                weights.save(graph, file)
+            built[variant] = Built(
+                variant=variant, file=file, data_file=weights.file if weights else None, ranges=ranges
+            )
+        return built
+
+    def _int8(self, variant: Variant, fp32: Path, choices: Sequence[LinearChoice]) -> Built:
         """Quantises the fp32 file, leaving more and more of the worst layers in fp32 until the text comes out right."""
-        file = self.directory / FILES["int8"]
+        file = self.directory / variant.file
         worst = sorted(choices, key=lambda choice: -choice.error)
         for share in KEPT_SHARES:
             kept = [choice.name for choice in worst[: round(share * len(worst))]]
@@ -136,17 +156,17 @@ class Builder:
             f"layers are smoothed; relative error of one layer: {worst[0].error:.2%} at most ({worst[0].name}).",
             f"In fp32: {', '.join(kept) or 'no linear layer'}.",
         )
-        return Built(precision="int8", file=file, text=text, notes=notes)
+        return Built(variant=variant, file=file, text=text, notes=notes)
 
-    def _half(self, precision: str, dtype: torch.dtype, model: Loaded) -> Built:
+    def _half(
+        self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant]
+    ) -> dict[Variant, Built]:
         lengths = {min(length, self.source.max_length) for length in AUDIT_LENGTHS}
         inputs = [self._running_text(length) for length in sorted(lengths)]
         self.progress(f"{precision}: looking at the ranges of activations")
         ranges = audit(model.encoder, inputs)
-        file = self.directory / FILES[precision]
         to_half(model.encoder, dtype, ranges)
-        ir.save(self._graph(model, precision), file)
-        return Built(precision=precision, file=file, ranges=ranges)
+        return self._lowered(self._trace(model, precision), variants, self.directory, ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""

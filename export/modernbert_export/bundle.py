@@ -62,6 +62,8 @@ def _write_pooling_files(source: Source, config: ModernBertConfig, directory: Pa
             "word_embedding_dimension": config.hidden_size,
             "pooling_mode_cls_token": source.pooling == "cls",
             "pooling_mode_mean_tokens": source.pooling == "mean",
+            # A mode that only this project knows, of a model that only this project opens.
+            **({"pooling_mode": "global"} if source.pooling == "global" else {}),
         },
     )
     _write_json(directory / "sentence_bert_config.json", {"max_seq_length": source.max_length, "do_lower_case": False})

@@ -43,6 +43,7 @@ _BYTES = {
 }
 # ONNX Runtime's arena gives a value any free block of up to twice its size, and counts all of it.
 ARENA = 2
+_ATTENTION = ("Attention", "MultiHeadAttention")
 # Their output is their input's memory.
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 
@@ -52,9 +53,9 @@ class Contents:
     """What is in a graph.
 
     `operators` counts nodes, those inside loops too; `weight_bytes` are its constants; `flops` and `activation_bytes`
-    map a number of tokens, as text, to what one row of that many takes: products of matrices only, and the most that is
-    alive at once beside the weights when every value stays until its last reader has run, times `ARENA`. An engine that
-    fuses nodes or works in place needs less.
+    map a number of tokens, as text, to what one row of that many takes: products of matrices and attention only, and
+    the most that is alive at once beside the weights when every value stays until its last reader has run, times
+    `ARENA`. An engine that fuses nodes or works in place needs less.
     """
 
     operators: Mapping[str, int]
@@ -75,11 +76,15 @@ class Contents:
         return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
-def read_contents(file: Path) -> Contents:
+def read_contents(file: Path, *, quadratic: bool = False) -> Contents:
     """Reads and probes a saved graph.
 
+    Args:
+        file: the graph, its weights beside it.
+        quadratic: whether values may grow with the square of the length, for engines that fuse them away.
+
     Raises:
-        ParityError: a value grows with the square of the length, or rotary tables are stored and not computed.
+        ParityError: a value does so unasked, or rotary tables are stored and not computed.
     """
     proto = onnx.load(file, load_external_data=False)
     _check_rotary(proto.graph, file.name)
@@ -87,7 +92,7 @@ def read_contents(file: Path) -> Contents:
     names = probes[0].bytes_of.keys()
     for name in names:
         sizes = [probe.bytes_of.get(name, 0) for probe in probes]
-        if np.diff(sizes, 2)[0] > QUADRATIC * sizes[-1]:
+        if not quadratic and np.diff(sizes, 2)[0] > QUADRATIC * sizes[-1]:
             raise ParityError(
                 f"{file.name}: value {name!r} grows with the square of the length: {sizes} bytes at {PROBES} tokens"
             )
@@ -144,6 +149,9 @@ def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
         if node.op_type in ("MatMul", "MatMulInteger"):
             (left,), (product,) = inputs[0].values(), outputs[0].values()
             flops += 2 * left[-1] * math.prod(product)
+        elif node.op_type in _ATTENTION:  # [..., queries, size], [..., keys, size], [..., keys, size of a value]
+            q, k, v = (next(iter(described.values())) for described in inputs[:3])
+            flops += 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
     return _Probe(bytes_of=dict(bytes_of), flops=flops)
 
 

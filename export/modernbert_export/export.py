@@ -22,17 +22,18 @@ from modernbert.output import whole_directory
 from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
 from modernbert_export.contents import Contents, read_contents
-from modernbert_export.lower import IR_VERSION
+from modernbert_export.lower import FORMS, TargetForm
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
-from modernbert_export.precision import check_precisions
 from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import Source, open_source
 from modernbert_export.tasks import EMBEDDING, TASKS
+from modernbert_export.tensorrt.lint import lint
 from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
-from modernbert_export.trace import INPUTS, OPSET_VERSION, OUTPUTS
+from modernbert_export.trace import INPUTS, OUTPUTS
+from modernbert_export.variants import Variant, choose_variants
 from modernbert_export.verify import fidelity_grid, verify, verify_head, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
@@ -47,7 +48,7 @@ EXTRA_BYTES = 64 << 20
 class Exported:
     """One artifact that passed: its file below the bundle, its external weights, its report and contents."""
 
-    precision: str
+    variant: Variant
     file: str
     data_file: str | None
     report: ParityReport
@@ -58,8 +59,8 @@ def export(
     model: str,
     out: str | os.PathLike[str],
     *,
-    target: str = "portable",
-    precisions: Sequence[str] = ("fp32",),
+    targets: Sequence[str] = ("portable",),
+    precisions: Sequence[str] | None = None,
     task: str = EMBEDDING,
     pooling: str | None = None,
     max_length: int | None = None,
@@ -73,10 +74,10 @@ def export(
     Args:
         model: checkpoint directory or hub id.
         out: directory to make. It appears only when everything is in it and verified.
-        target: the lowering, one of `precision.SUPPORTED`.
-        precisions: one artifact each, the preferred one first.
+        targets: what the graphs are for, of `variants.SUPPORTED`, the preferred one first.
+        precisions: of these each target gets those that it has, the preferred one first; by default its usual one.
         task: "embedding", or one of `tasks.TASKS`, whose head the checkpoint must have.
-        pooling: "mean" or "cls"; by default what the checkpoint says, else "mean".
+        pooling: "mean", "cls" or "global"; by default what the checkpoint says, else "mean".
         max_length: most tokens of a text; by default what the checkpoint says.
         text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
@@ -87,19 +88,20 @@ def export(
         InputError: the checkpoint or a parameter cannot be used.
         ParityError: a graph does not compute what PyTorch does.
     """
-    lowering = check_precisions(target, tuple(precisions))
+    variants = choose_variants(targets, precisions)
+    made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
-    if not embeds and "int8" in precisions:
+    if not embeds and "int8" in made:
         raise InputError(f"precision int8 is chosen by comparing embeddings; take fp32 or fp16 with task {task}")
     if not embeds and text is not None:
         raise InputError(f"text compares embeddings; leave it out with task {task}")
-    compared = text is not None or "int8" in precisions
+    compared = text is not None or "int8" in made
     max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
     texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
     weights = sum(path.stat().st_size for path in source.weight_files)
-    # The checkpoint, and per precision a graph; fp32 is there for int8 in any case.
-    room = (1 + len({*precisions, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
+    # The checkpoint, and weights per precision; those of fp32 are there for int8 in any case.
+    room = (1 + len({*made, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
     with whole_directory(Path(out), room=room) as partial:
         # First, while nothing else is in memory: a model in float64 is the largest thing there is.
         grid = fidelity_grid(source.config, source.max_length)
@@ -109,14 +111,13 @@ def export(
         encoder = model_for_task.encoder
         write_model_files(source, model_for_task.whole, partial)
         (partial / "onnx").mkdir()
-        with InputSampler(encoder) if "int8" in precisions else contextlib.nullcontext() as sampler:
+        with InputSampler(encoder) if "int8" in made else contextlib.nullcontext() as sampler:
             wanted = (
                 embed_text(encoder, texts, source.pooling, source.normalize, progress) if embeds else np.zeros((0, 0))
             )
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(
                 source=source,
-                target=lowering,
                 directory=partial / "onnx",
                 scratch=Path(scratch),
                 texts=texts,
@@ -124,11 +125,13 @@ def export(
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
                 progress=progress,
             )
-            built = builder.build(model_for_task, precisions, sampler.rows if sampler else {})
+            built = builder.build(model_for_task, variants, sampler.rows if sampler else {})
         del model_for_task, encoder, sampler, builder
         gc.collect()  # graphs are full of cycles
         for one in built:
-            check_saved(one.file, *([] if embeds else [TASKS[task].outputs(source.config)]))
+            outputs = None if embeds else TASKS[task].outputs(source.config)
+            check_saved(one.file, FORMS[one.variant.target], outputs)
+            _check_lint(one, with_globals=source.config.num_global_tokens > 0)
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
@@ -153,14 +156,18 @@ def export(
             prompts=source.prompts,
             artifacts=tuple(
                 Artifact(
-                    target=target,
-                    precision=artifact.precision,
+                    target=artifact.variant.target,
+                    precision=artifact.variant.precision,
                     file=artifact.file,
                     data_file=artifact.data_file,
-                    opset=OPSET_VERSION,
-                    ir_version=IR_VERSION,
+                    opset=FORMS[artifact.variant.target].opset,
+                    ir_version=FORMS[artifact.variant.target].ir_version,
+                    max_length=artifact.variant.max_length,
                     parity=artifact.report.summary(),
-                    activation_bytes=artifact.contents.activation_bytes,
+                    # What is fused away is in the estimate of a graph, and not in what its engine needs.
+                    activation_bytes={}
+                    if FORMS[artifact.variant.target].quadratic
+                    else artifact.contents.activation_bytes,
                 )
                 for artifact in artifacts
             ),
@@ -182,15 +189,16 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
         ParityError: it must not be written.
     """
     name = built.file.relative_to(root).as_posix()
+    max_length = min(source.max_length, built.variant.max_length or source.max_length)
     if source.task == EMBEDDING:
         report = verify(
             built.file,
             source.path,
             artifact=name,
-            precision=built.precision,
+            precision=built.variant.precision,
             pooling=source.pooling,
             normalize=source.normalize,
-            max_length=source.max_length,
+            max_length=max_length,
             references=references,
             progress=progress,
         )
@@ -199,9 +207,9 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
             built.file,
             source.path,
             artifact=name,
-            precision=built.precision,
+            precision=built.variant.precision,
             task=source.task,
-            max_length=source.max_length,
+            max_length=max_length,
             progress=progress,
         )
     report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=(*report.notes, *built.notes))
@@ -209,16 +217,31 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
         raise ParityError(report.to_markdown())
     progress(f"reading back {built.file.name}")
     return Exported(
-        precision=built.precision,
+        variant=built.variant,
         file=name,
         data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
         report=report,
-        contents=read_contents(built.file),
+        contents=read_contents(built.file, quadratic=FORMS[built.variant.target].quadratic),
     )
 
 
-def check_saved(file: Path, outputs: Mapping[str, Sequence[str | int]] | None = None) -> None:
-    """Reads a saved graph back and refuses a frozen axis, another opset, or anything but standard operators.
+def _check_lint(built: Built, *, with_globals: bool) -> None:
+    """Refuses a graph for TensorRT that its parser would refuse or compute wrongly.
+
+    Raises:
+        ParityError: it has faults; all are listed.
+    """
+    if built.variant.target in ("tensorrt", "tensorrt-dense"):
+        proto = onnx.load(built.file, load_external_data=False)
+        islands = sum(row.products(with_globals=with_globals) for row in built.ranges)
+        faults = lint(proto, precision=built.variant.precision, islands=islands)
+        if faults:
+            listed = "\n".join(map(str, faults))
+            raise ParityError(f"{built.file.name}: TensorRT would not build what was meant:\n{listed}")
+
+
+def check_saved(file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str | int]] | None = None) -> None:
+    """Reads a saved graph back and refuses a frozen axis, another form than its target's, or a function left.
 
     Args:
         file: the graph.
@@ -243,8 +266,8 @@ def check_saved(file: Path, outputs: Mapping[str, Sequence[str | int]] | None = 
     for what, got, want in (
         ("axes", axes, wanted),
         ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(outputs, floats)),
-        ("opsets", opsets, {"": OPSET_VERSION}),
-        ("ir_version", proto.ir_version, IR_VERSION),
+        ("opsets", opsets, {"": form.opset, **form.domains}),
+        ("ir_version", proto.ir_version, form.ir_version),
         ("functions", [function.name for function in proto.functions], []),
     ):
         if got != want:

@@ -13,7 +13,6 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from modernbert_export.norm_island import NormIslandPass
 from modernbert_export.ops import OPS
 from modernbert_export.ops.op import MICROSOFT, OPSET, Target
 from modernbert_export.shared_shape import SharedShapePass
@@ -30,21 +29,25 @@ class TargetForm:
     """The form that files of a target have.
 
     `passes` rewrite the graph once its operators are standard ones; `domains` are those that its nodes may have beside
-    the standard one, with their versions.
+    the standard one, with their versions; `quadratic` allows values that grow with the square of the length, because
+    the target's engine fuses them away.
     """
 
     opset: int = 20
     ir_version: int = IR_VERSION
     domains: Mapping[str, int]
     passes: tuple[type[ir.passes.InPlacePass], ...]
+    quadratic: bool = False
 
 
 # Attention and RotaryEmbedding are operators since opset 23, which the TensorRT parser reads up to 24.
-_TENSORRT = TargetForm(opset=24, ir_version=11, domains={}, passes=(SplitMatMulPass, NormIslandPass))
+_TENSORRT = TargetForm(opset=24, ir_version=11, domains={}, passes=(SplitMatMulPass,), quadratic=True)
 FORMS: Mapping[Target, TargetForm] = {
     "portable": TargetForm(domains={}, passes=(SplitMatMulPass,)),
-    "openvino": TargetForm(domains={}, passes=(SplitMatMulPass,)),
-    "ort-cuda": TargetForm(domains={MICROSOFT.domain: MICROSOFT.version}, passes=(SplitMatMulPass, SkipNormPass)),
+    "openvino": TargetForm(domains={}, passes=(SplitMatMulPass,), quadratic=True),
+    "ort-cuda": TargetForm(
+        domains={MICROSOFT.domain: MICROSOFT.version}, passes=(SplitMatMulPass, SkipNormPass), quadratic=True
+    ),
     "tensorrt": _TENSORRT,
     "tensorrt-dense": _TENSORRT,
 }
@@ -59,9 +62,10 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     form = FORMS[target]
     model.graph.opset_imports[""] = form.opset
     for op in OPS:
-        function = ir.serde.deserialize_function(op.function(target))
-        function.opset_imports[""] = form.opset
-        model.functions[function.identifier()] = function
+        for proto in op.functions(target):
+            function = ir.serde.deserialize_function(proto)
+            function.opset_imports[""] = form.opset
+            model.functions[function.identifier()] = function
     if inline:
         common.InlinePass()(model)
     else:

@@ -72,7 +72,7 @@ def open_source(
 
     Args:
         model: directory or hub id.
-        pooling: "mean" or "cls" in place of what the checkpoint says.
+        pooling: "mean", "cls" or "global" in place of what the checkpoint says.
         max_length: tokens per text in place of what the checkpoint says; it cannot exceed its positions.
         task: what the export is to compute; the checkpoint must have the head for it.
 
@@ -91,13 +91,16 @@ def open_source(
         raise InputError(f"pooling {pooling!r} is of embeddings; leave it out with task {task}")
     check_head(name, config, task)
     modules = _modules(path) if embeds else {}
+    pooling = _pooling(path / modules.get("Pooling", "1_Pooling"), pooling) if embeds else config.classifier_pooling
+    if pooling == "global" and not config.num_global_tokens:
+        raise InputError(f"pooling 'global' needs global tokens, and model {name!r} has none; take mean or cls")
     special_tokens = _special_tokens(path, config)
     whole = ModernBertModel if embeds else TASKS[task].model
     source = Source(
         name=name,
         path=path,
         config=config,
-        pooling=_pooling(path / modules.get("Pooling", "1_Pooling"), pooling) if embeds else config.classifier_pooling,
+        pooling=pooling,
         normalize="Normalize" in modules if modules else embeds,
         prompts=_prompts(path) if embeds else {},
         max_length=_max_length(path, config, max_length),

@@ -8,7 +8,7 @@
 Names of outputs and of heads are those that transformers, optimum and transformers.js look for. To add a task: its
 head here, a line in `TASKS`, its name in `modernbert_runtime.manifest.TASKS`.
 
-Shapes: B sequences, S padded length, D hidden size, C labels, V vocabulary.
+Shapes: B sequences, S padded length, G global tokens, D hidden size, C labels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class PooledHead(nn.Module):
         super().__init__()
         self.pool = EmbeddingHead(pooling, normalize=normalize)
 
-    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, ...]:
-        """[B, S, D] -> [B, S, D] and [B, D]."""
-        return x_BSD, self.pool(x_BSD, attention_mask_BS)
+    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor, x_BGD: Tensor | None = None) -> tuple[Tensor, ...]:
+        """[B, S, D], the mask and, of a model with global tokens, [B, G, D] -> [B, S, D] and [B, D]."""
+        return x_BSD, self.pool(x_BSD, attention_mask_BS, x_BGD)
 
 
 class MaskedLMHead(nn.Module):
@@ -53,7 +53,7 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         self.head, self.decoder = model.head, model.decoder
 
-    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor, x_BGD: Tensor | None = None) -> tuple[Tensor, ...]:
         """[B, S, D] -> [B, S, V]."""
         x_BSD = self.head(x_BSD)
         logits_BSV = F.linear(x_BSD.to(self.decoder.weight.dtype), self.decoder.weight).to(x_BSD.dtype)
@@ -67,9 +67,9 @@ class TextHead(nn.Module):
         super().__init__()
         self.pool, self.head, self.classifier = model.pool, model.head, model.classifier
 
-    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor, x_BGD: Tensor | None = None) -> tuple[Tensor, ...]:
         """[B, S, D] -> [B, C]."""
-        return (self.classifier(self.head(self.pool(x_BSD, attention_mask_BS))),)
+        return (self.classifier(self.head(self.pool(x_BSD, attention_mask_BS, x_BGD))),)
 
 
 class TokenHead(nn.Module):
@@ -79,7 +79,7 @@ class TokenHead(nn.Module):
         super().__init__()
         self.head, self.classifier = model.head, model.classifier
 
-    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x_BSD: Tensor, attention_mask_BS: Tensor, x_BGD: Tensor | None = None) -> tuple[Tensor, ...]:
         """[B, S, D] -> [B, S, C]."""
         return (self.classifier(self.head(x_BSD)),)
 

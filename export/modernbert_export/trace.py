@@ -14,15 +14,16 @@ import warnings
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.attention import rotary_tables
 from modernbert.config import LayerType
-from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
 from modernbert_export.ops import OPS
 from modernbert_export.ops.global_attention import global_attention
 from modernbert_export.ops.local_attention import local_attention
+from modernbert_export.ops.local_attention_with_globals import local_attention_with_globals
 from modernbert_export.ops.op import HIDDEN_KEY
 from modernbert_export.ops.rotary import rotary
 from modernbert_export.tasks import LOGITS, PooledHead
@@ -43,9 +44,10 @@ class TracedEmbedder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """[B, S] ids and mask -> the outputs, then the hidden states (the input of every layer, and the result)."""
-        config = self.model.config
-        x_BSD = self.model.embeddings(input_ids)
-        hidden_BS = 1 - attention_mask.to(x_BSD.dtype)
+        config, number = self.model.config, self.model.config.num_global_tokens
+        x = self.model.embeddings(input_ids)
+        # fp32 whatever the rest is, as are the tables: bodies of operators bound or cast it as they need.
+        key_bias_BS = (1 - attention_mask.to(torch.float32)) * HIDDEN_KEY
         position_S = torch.arange(input_ids.shape[1])
         # Scores are scaled by way of the queries, and these by way of their tables, where it costs nothing.
         scale = config.head_dim**-0.5
@@ -53,20 +55,48 @@ class TracedEmbedder(nn.Module):
         for layer_type in sorted(set(config.layer_types)):
             cos, sin = rotary_tables(position_S, config.rope_theta(layer_type), config.head_dim, torch.float32)
             tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
+        if number:
+            # In front of the tokens, so that both are slices of constant bounds, whose shapes parsers can tell.
+            globals_1GD = self.model.embeddings.global_rows(1)[None]
+            x = torch.cat((globals_1GD.expand(x.shape[0], -1, -1), x), dim=1)
+            all_bias_BX = F.pad(key_bias_BS, (number, 0))
 
-        def attend(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, layer_type: LayerType) -> Tensor:
-            table, scaled_table = tables[layer_type]
-            q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-            # Angles are fp32; their sines have the precision of what they turn.
-            q, k = rotary(q, *(x.to(q.dtype) for x in scaled_table)), rotary(k, *(x.to(k.dtype) for x in table))
-            # fp16 ends at -65,504: half of that leaves room for the score.
-            key_bias_BS = (hidden_BS * max(HIDDEN_KEY, torch.finfo(q.dtype).min / 2)).to(q.dtype)
+        def attend(q_BXHK: Tensor, k_BXHK: Tensor, v_BXHK: Tensor, layer_type: LayerType) -> Tensor:
+            q, k, v = (y.transpose(1, 2) for y in (q_BXHK, k_BXHK, v_BXHK))
+            if number:
+                return attend_with_globals(q, k, v, layer_type).transpose(1, 2)
+            q, k = rotated(q, k, layer_type)
             if layer_type == "full_attention":
                 return global_attention(q, k, v, key_bias_BS).transpose(1, 2)
             return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
 
-        x_BSD, hidden = self.model.encode(x_BSD, attend, keep_hidden=True)
-        outputs = self.head(x_BSD, attention_mask)
+        def rotated(q: Tensor, k: Tensor, layer_type: LayerType) -> tuple[Tensor, Tensor]:
+            table, scaled_table = tables[layer_type]
+            return rotary(q, *scaled_table), rotary(k, *table)
+
+        def attend_with_globals(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+            """Of all rows [B, H, X, K]; see `modernbert.global_tokens`, whose padded twin this is."""
+            plain_q = q * scale
+            from_globals = global_attention(plain_q[:, :, :number], k, v, all_bias_BX)
+            plain_q, global_k = plain_q[:, :, number:], k[:, :, :number]
+            q, k = rotated(q[:, :, number:], k[:, :, number:], layer_type)
+            if layer_type == "full_attention":
+                # A query is both, rotated and not; a key has zeros where it is not met, a value for the size's sake.
+                size = config.head_dim
+                keys = torch.cat((F.pad(global_k, (size, 0)), F.pad(k, (0, size))), dim=2)
+                y = global_attention(torch.cat((q, plain_q), dim=-1), keys, F.pad(v, (0, size)), all_bias_BX)[
+                    ..., :size
+                ]
+            else:
+                global_v, v = v[:, :, :number], v[:, :, number:]
+                y = local_attention_with_globals(
+                    q, plain_q, k, v, global_k, global_v, key_bias_BS, config.window_radius
+                )
+            return torch.cat((from_globals, y), dim=2)
+
+        x, hidden = self.model.encode(x, attend, keep_hidden=True)
+        x_BSD, x_BGD = (x[:, number:], x[:, :number]) if number else (x, None)
+        outputs = self.head(x_BSD, attention_mask, x_BGD)
         return *outputs, *(hidden[:-1] if outputs[0] is x_BSD else hidden)
 
 
@@ -83,15 +113,7 @@ def trace(
         pooling: of the embedding.
         normalize: whether it has unit length.
         head: gives `logits` in place of an embedding; see `tasks`.
-
-    Raises:
-        InputError: the model has global tokens.
     """
-    if model.config.num_global_tokens:
-        raise InputError(
-            f"models with global tokens cannot be exported yet: num_global_tokens is {model.config.num_global_tokens}, "
-            "must be 0"
-        )
     for op in OPS:
         op.register_schema()
     outputs = OUTPUTS if head is None else (LOGITS,)

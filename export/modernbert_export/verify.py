@@ -23,7 +23,7 @@ from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
-from modernbert_export.references import References, compute_references, embed_text
+from modernbert_export.references import TRANSFORMERS, References, compute_references, embed_text
 from modernbert_export.source import open_source
 from modernbert_export.tasks import EMBEDDING, LOGITS, TASKS
 from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
@@ -36,6 +36,8 @@ Progress = Callable[[str], None]
 
 # Dense references at 2,048 and 8,192 tokens take long on real widths; the graph is the same at any width.
 LONG_LENGTHS, LONG_MAX_HIDDEN = (2048, 8192), 256
+
+NO_SECOND = "transformers has no global tokens: the one reference is our own model in float64."
 
 
 def fidelity_grid(config: ModernBertConfig, max_length: int) -> list[Case]:
@@ -73,7 +75,7 @@ def verify(
         precision: which tolerance applies.
         pooling: how `sentence_embedding` is made.
         normalize: whether it has unit length.
-        max_length: longest input of the grid.
+        max_length: longest input to compare on.
         references: what `compute_references` gave for this checkpoint and grid, if another artifact needed it too.
         progress: is told what is being done, in a few words.
     """
@@ -81,17 +83,19 @@ def verify(
         references = compute_references(reference, fidelity_grid(load_config(reference), max_length), progress)
     session = open_session(onnx_file)
     rows = []
-    for index, case in enumerate(references.cases):
-        progress(f"parity: ONNX Runtime, case {index + 1} of {len(references.cases)}")
+    cases = [case for case in references.cases if case.length <= max_length]
+    for index, case in enumerate(cases):
+        progress(f"parity: ONNX Runtime, case {index + 1} of {len(cases)}")
         feed = case.inputs(references.vocab_size)
         actual = dict(zip(OUTPUTS, session.run(OUTPUTS, feed), strict=True))
         for name, hidden in references.hidden.items():
-            pooled = _pool(hidden[case], feed["attention_mask"], pooling, normalize)
+            pooled = _pool(hidden[case], references.summary[name].get(case), feed["attention_mask"], pooling, normalize)
             wanted = {OUTPUTS[0]: hidden[case], OUTPUTS[1]: pooled}
             rows.append(_compare(case, name, feed["attention_mask"] != 0, actual, wanted, pooling))
     del session
     rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
-    report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows))
+    notes = () if TRANSFORMERS in references.hidden else (NO_SECOND,)
+    report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows), notes=notes)
     return _with_first_difference(report, onnx_file, reference)
 
 
@@ -223,7 +227,7 @@ def verify_bundle(
             precision=artifact.precision,
             pooling=manifest.pooling,
             normalize=manifest.normalize,
-            max_length=manifest.max_length,
+            max_length=artifact.max_length or manifest.max_length,
             references=references,
             progress=progress,
         )
@@ -248,7 +252,8 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
     before = ["the embeddings", *(f"layer {i} ({kind})" for i, kind in enumerate(model.config.layer_types))]
     where = f"at batch {case.batch}, length {case.length}"
     for name, got, want in zip(before, values, wanted, strict=True):
-        mine, theirs = got[valid], want.numpy()[valid]
+        # Before the tokens stand the global ones, if there are any.
+        mine, theirs = got[:, -case.length :][valid], want.numpy()[valid]
         error, cosine = np.abs(mine - theirs).max(), _cosine(mine, theirs).min()
         if not tolerance.holds(max_abs_error=error, min_cosine=cosine, min_pooled_cosine=cosine):
             return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
@@ -272,9 +277,12 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _pool(hidden: Array, mask: Array, pooling: str, normalize: bool) -> Array:
+def _pool(hidden: Array, summary: Array | None, mask: Array, pooling: str, normalize: bool) -> Array:
     """Pooling once more in NumPy, so that the graph's has something to be compared with."""
-    if pooling == "cls":
+    if pooling == "global":
+        assert summary is not None
+        pooled = summary
+    elif pooling == "cls":
         pooled = hidden[:, 0]
     else:
         pooled = (hidden * mask[:, :, None]).sum(1) / np.maximum(mask.sum(1), 1)[:, None]

@@ -20,14 +20,24 @@ TextOption = Annotated[
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Directory to make: the bundle.")],
-    target: Annotated[str, typer.Option(help="What the graph is for: portable.")] = "portable",
+    target: Annotated[
+        str,
+        typer.Option(
+            help="What the graphs are for: portable, openvino, ort-cuda, tensorrt, or several with commas between; "
+            "the first is the preferred one."
+        ),
+    ] = "portable",
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8, or several with commas between; the first is the preferred one.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="fp32, fp16, int8, or several with commas between, of which each target gets those that it has; "
+            "default: fp16 for tensorrt, else fp32."
+        ),
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls or global; default: what the checkpoint says.")] = None,
     task: Annotated[
         str, typer.Option(help="embedding, fill-mask, text-classification or token-classification: the head to export.")
     ] = "embedding",
-    pooling: Annotated[str | None, typer.Option(help="mean or cls; default: what the checkpoint says.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a text; default: what it says.")] = None,
     text: TextOption = None,
     reduce_range: Annotated[
@@ -46,8 +56,8 @@ def export(
         manifest = export_model(
             model,
             out,
-            target=target,
-            precisions=[name.strip() for name in precision.split(",") if name.strip()],
+            targets=_names(target),
+            precisions=None if precision is None else _names(precision),
             task=task,
             pooling=pooling,
             max_length=max_length,
@@ -65,13 +75,35 @@ def export(
     for artifact in artifacts:
         figures = artifact.report.summary()
         print(
-            f"\n{artifact.file}: {artifact.precision}, max abs error {figures['max_abs_error']:.1e}, min cosine "
-            f"{figures['min_cosine']:.7f}, pooled {figures['min_pooled_cosine']:.7f}"
+            f"\n{artifact.file}: {artifact.variant.target}, {artifact.variant.precision}, "
+            f"max abs error {figures['max_abs_error']:.1e}, min cosine {figures['min_cosine']:.7f}, "
+            f"pooled {figures['min_pooled_cosine']:.7f}"
         )
         if artifact.report.text is not None:
             print(f"\n{artifact.report.text.to_markdown()}")
         print(f"\n{artifact.contents.to_markdown('in the graph')}", end="")
+    if any(artifact.variant.target == "tensorrt" for artifact in artifacts):
+        build_plans_or_say_why(out)
     print(f"\nTook {time.monotonic() - began:.0f} s{_peak_memory()}.")
+
+
+def build_plans_or_say_why(bundle: Path) -> None:
+    """Prints where the TensorRT plans of this machine are, or why there are none: the bundle is whole without them."""
+    from modernbert_export.tensorrt.build import plan_bundle
+    from modernbert_runtime.errors import EngineError
+
+    try:
+        with progress() as tell:
+            print(f"\nTensorRT plans for this machine: {plan_bundle(bundle, progress=tell)}")
+    except EngineError as error:
+        print(
+            f"\nNo TensorRT plans were built: {error}. On the machine that is to run them: "
+            f"python -m modernbert_export.tensorrt {bundle}"
+        )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _peak_memory() -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import BundleError, InputError
 from modernbert_runtime.loading import OpenedBundle

@@ -58,6 +58,7 @@ class Artifact:
         parity: what was compared against PyTorch, as name -> measured value. Never NaN or infinite.
         activation_bytes: tokens (as decimal digits) -> estimated peak of what a run on one row of that many needs
             beside the weights; empty when unknown.
+        max_length: most tokens that it is for, where that is less than the model takes; else None.
     """
 
     target: str
@@ -68,6 +69,7 @@ class Artifact:
     ir_version: int
     parity: Mapping[str, float]
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         _check_name("artifact.target", self.target)
@@ -79,6 +81,8 @@ class Artifact:
                 raise _bad("artifact.data_file", f"must lie in the folder of {self.file!r}", self.data_file)
         _check_positive("artifact.opset", self.opset)
         _check_positive("artifact.ir_version", self.ir_version)
+        if self.max_length is not None:
+            _check_positive("artifact.max_length", self.max_length)
         for name, value in self.parity.items():
             if not abs(value) <= sys.float_info.max:
                 raise _bad(f"artifact.parity[{reprlib.repr(name)}]", "must be a finite number", value)
@@ -236,6 +240,7 @@ def _artifact(data: dict[str, object], where: str) -> Artifact:
         ir_version=_field(data, "ir_version", int, where),
         parity=dict(zip(parity, _numbers(list(parity.values()), f"{where}parity"), strict=True)),
         activation_bytes={tokens: _typed(f"{where}activation_bytes", size, int) for tokens, size in memory.items()},
+        max_length=None if data.get("max_length") is None else _field(data, "max_length", int, where),
     )
 
 

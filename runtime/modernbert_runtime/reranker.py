@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.errors import BundleError
 from modernbert_runtime.loading import OpenedBundle
 from modernbert_runtime.task_model import check_top_k

@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.engines import EngineName
 from modernbert_runtime.errors import InputError
 from modernbert_runtime.loading import OpenedBundle, open_bundle

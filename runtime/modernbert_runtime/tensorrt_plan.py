@@ -20,8 +20,9 @@ from modernbert_runtime.errors import BundleError, EngineError, InputError, one_
 RECORD_NAME = "plans.json"
 SCHEMA_VERSION = 1
 # Up to this length local layers are dense, above it banded: two graphs with the same weights, because an If in one
-# would keep TensorRT from fusing across it and from being captured as a CUDA graph. Work decides where: 131 against
-# 124 GFLOP at 512 tokens of the base model, 6.3 against 3.5 TFLOP at 8,192.
+# would keep TensorRT from fusing across it and from being captured as a CUDA graph. Work decides where, not yet a
+# measurement, for no plan has been built so far: 131 against 124 GFLOP at 512 tokens of the base model, 6.3 against
+# 3.5 TFLOP at 8,192.
 DENSE_LENGTH = 512
 PROFILE_LENGTHS = (128, 512, 2048, 8192)
 BATCH_TOKENS = 16_384

@@ -2,7 +2,8 @@
 
 from modernbert_export.ops.global_attention import GLOBAL_ATTENTION
 from modernbert_export.ops.local_attention import LOCAL_ATTENTION
+from modernbert_export.ops.local_attention_with_globals import LOCAL_ATTENTION_WITH_GLOBALS
 from modernbert_export.ops.op import GraphOp
 from modernbert_export.ops.rotary import ROTARY
 
-OPS: tuple[GraphOp, ...] = (ROTARY, LOCAL_ATTENTION, GLOBAL_ATTENTION)
+OPS: tuple[GraphOp, ...] = (ROTARY, LOCAL_ATTENTION, LOCAL_ATTENTION_WITH_GLOBALS, GLOBAL_ATTENTION)

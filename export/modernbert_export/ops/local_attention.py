@@ -1,7 +1,4 @@
-"""`ModernBertLocalAttention`: sliding-window attention, |q - k| <= radius, as a band of blocks.
-
-The sequence is cut into blocks of one radius; a block of queries meets the keys of its own block and of its two
-neighbours, so time and memory grow with S * radius.
+"""`ModernBertLocalAttention`: sliding-window attention, |q - k| <= radius, as a band of blocks (`ops.band`).
 
 Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries of a block, L keys that it meets, M = N + 2,
 X = B * N.
@@ -14,6 +11,7 @@ from onnxscript import opset23 as op23
 from onnxscript import script
 from torch import Tensor
 
+from modernbert_export.ops.band import ModernBertBand
 from modernbert_export.ops.op import HIDDEN_KEY, HIDDEN_KEY_HALF, OPSET, GraphOp
 
 
@@ -38,36 +36,17 @@ def _node(q, k, v, key_bias, radius):
 
 @script(OPSET)
 def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
-    """Banded, standard operators. What depends on `key_bias` alone is the same in all layers, and merged there."""
-    batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
-    tokens = op.Squeeze(length)
-    # Up to three radii, one block of everything is less work than blocks with neighbours.
-    short = op.Cast(tokens <= radius * 3, to=7)
-    width = short * tokens + (1 - short) * radius
-    beside = (1 - short) * radius
-    blocks = (tokens + width - 1) / width
-    # Where a block's keys stand, from its left neighbour on. Beyond the ends the nearest token is taken, and hidden;
-    # so is every query beyond the end, until it is cut off.
-    start_N1 = op.Unsqueeze(op.Range(0, blocks, 1) * width, [1])
-    offset_L = op.Range(op.Neg(beside), width + beside, 1)
-    offset_W = op.Range(0, width, 1)
-    key_NL = start_N1 + offset_L
-    nearest_NL = op.Clip(key_NL, 0, tokens - 1)
-    query_NW = op.Min(start_N1 + offset_W, tokens - 1)
-    beyond_NL = op.Cast(op.Not(op.Equal(key_NL, nearest_NL)), to=1)
-    far_WL = op.Cast(op.Abs(offset_L - op.Unsqueeze(offset_W, [1])) > radius, to=1)
-    hidden_NWL = op.CastLike((op.Unsqueeze(beyond_NL, [1]) + far_WL) * HIDDEN_KEY, key_bias)
-    bias_B1NWL = op.Unsqueeze(op.Gather(key_bias, nearest_NL, axis=1), [1, 3]) + hidden_NWL
-
+    """Banded, standard operators."""
+    query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
     q_BHNWK = op.Gather(q, query_NW, axis=2)
-    k_BHNLK = op.Gather(k, nearest_NL, axis=2)
-    v_BHNLK = op.Gather(v, nearest_NL, axis=2)
+    k_BHNLK = op.Gather(k, key_NL, axis=2)
+    v_BHNLK = op.Gather(v, key_NL, axis=2)
     # In the bias's precision, which stays fp32 where q is fp16.
     scores_BHNWL = op.CastLike(op.MatMul(q_BHNWK, op.Transpose(k_BHNLK, perm=[0, 1, 2, 4, 3])), key_bias) + bias_B1NWL
     y_BHNWK = op.MatMul(op.CastLike(op.Softmax(scores_BHNWL, axis=-1), v), v_BHNLK)
-    y_shape = op.Concat(
-        batch, op.Reshape(op.Constant(value_int=num_heads), [1]), op.Reshape(blocks * width, [1]), [-1], axis=0
-    )
+    batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    y_shape = op.Concat(batch, heads, op.Reshape(op.Size(query_NW), [1]), [-1], axis=0)
     return op.Slice(op.Reshape(y_BHNWK, y_shape), [0], length, [2])
 
 

@@ -48,6 +48,11 @@ class GraphOp:
         proto.name = self.name
         return proto
 
+    def functions(self, target: Target) -> list[onnx.FunctionProto]:
+        """The body for a target and the parts that it calls."""
+        parts = self.bodies[target].function_ir.get_called_functions().values()
+        return [self.function(target), *(part.to_function_proto() for part in parts)]
+
     def register_schema(self) -> None:
         """Makes the node known to onnx, so that the tracer may emit it before it has a body. Safe to repeat."""
         if onnx.defs.has(self.name, OPSET.domain):

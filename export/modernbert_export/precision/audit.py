@@ -44,6 +44,17 @@ class LayerRange:
         mlp = max(self.gated, self.branch) > limit
         return (*(("attention",) if attention else ()), *(("mlp",) if mlp else ()))
 
+    def products(self, *, with_globals: bool) -> int:
+        """How many products of matrices and fused attentions of a graph for TensorRT `fp32` keeps out of 16 bits.
+
+        An MLP has one for each half of Wi, and Wo. Attention is one; with global tokens, which ask apart, it is two,
+        the second in local layers not fused: scores and sums, for the window and for the global keys.
+        """
+        attention = 1
+        if with_globals:
+            attention = 2 if self.kind == "full_attention" else 5
+        return sum({"attention": attention, "mlp": 3}[part] for part in self.fp32)
+
     @staticmethod
     def table(ranges: Sequence[LayerRange]) -> list[str]:
         """Lines of Markdown."""

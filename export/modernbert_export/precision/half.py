@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modernbert.errors import ParityError
 from modernbert.model import ModernBertModel
 from modernbert_export.precision.audit import LayerRange
 
@@ -31,7 +32,11 @@ class To(nn.Module):
 
 
 def to_half(model: ModernBertModel, dtype: torch.dtype, ranges: Sequence[LayerRange]) -> ModernBertModel:
-    """Converts an fp32 model in place; only its padded form with operators of the exporter's runs afterwards."""
+    """Converts an fp32 model in place; only its padded form with operators of the exporter's runs afterwards.
+
+    Raises:
+        ParityError: a weight is too large for the type.
+    """
     fp32 = torch.float32
     embeddings = model.embeddings
     embeddings.tok_embeddings.to(dtype)
@@ -46,4 +51,8 @@ def to_half(model: ModernBertModel, dtype: torch.dtype, ranges: Sequence[LayerRa
         layer.attn.Wo = To(layer.attn.Wo, compute=dtype, output=fp32)
         layer.mlp.Wi = To(layer.mlp.Wi, compute=mlp, output=mlp)
         layer.mlp.Wo = To(layer.mlp.Wo, compute=mlp, output=fp32)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            name, kind = name.replace(".module", ""), str(dtype).removeprefix("torch.")
+            raise ParityError(f"weight {name} has values beyond {kind}: export it as fp32")
     return model

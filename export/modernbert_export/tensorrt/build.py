@@ -13,13 +13,42 @@ from typing import Any, TypeVar
 
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
+from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.manifest import sha256_file
-from modernbert_runtime.plan_store import remember
+from modernbert_runtime.plan_store import FOLDER, PlanSource, remember
 from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
-from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile, plan_profiles
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
+
+
+def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> Path:
+    """Builds the plans of a bundle for the GPU and TensorRT of this machine, in a directory below it.
+
+    Up to `max_length` of the artifact `tensorrt-dense` they come from that graph, above it from the banded one. That
+    length is chosen by counting work, not yet by measuring (`tensorrt_plan.DENSE_LENGTH`).
+
+    Returns:
+        The directory.
+
+    Raises:
+        BundleError: the bundle has no graphs for TensorRT, or is not whole.
+        EngineError, InputError: as for `build_plans`.
+    """
+    bundle = Bundle.open(root)
+    source = PlanSource.of(bundle)
+    profiles = plan_profiles(bundle.manifest.max_length)
+    key = key_here(source.sha256, source.precision, profiles=profiles)
+    out = bundle.root / FOLDER / key.folder
+    graphs = {target: bundle.onnx_path(artifact) for target, artifact in source.artifacts.items()}
+    for artifact in source.artifacts.values():
+        if artifact.data_file:
+            bundle.path_of(artifact.data_file)
+    build_plans(
+        graphs, out, profiles=profiles, precision=source.precision, onnx_sha256=source.sha256, progress=progress
+    )
+    return out
 
 
 def build_plans(

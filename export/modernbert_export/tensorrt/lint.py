@@ -41,7 +41,7 @@ _DATA_INPUT = {"Where": 1}
 _CONSTANT_INPUT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1, "ReduceMean": 1, "ReduceMax": 1, "ReduceL2": 1}
 # Statistics, angles and sums over many tokens; and what makes the engine fast.
 _ALWAYS_FP32 = ("LayerNormalization", "RotaryEmbedding", "ReduceSum", "ReduceL2", "Sin", "Cos")
-_IN_PRECISION = ("MatMul", "Attention", "Gelu")
+_IN_PRECISION = ("MatMul", "Attention")
 _BOUNDS = ("Max", "Clip", "Softmax")  # behind these a value is no longer beyond fp16
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
@@ -58,12 +58,13 @@ class Finding:
         return f"{self.rule}: {self.where}: {self.message}"
 
 
-def lint(model: onnx.ModelProto, *, precision: str) -> list[Finding]:
+def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Finding]:
     """All faults of a graph that is to be built in a precision, "fp32" or "fp16"; none is what a file must have.
 
     Args:
         model: loaded without its external weights where they are large: only small constants are looked at.
         precision: what products and attention must be computed in.
+        islands: how many of them must be fp32 all the same, because 16 bits cannot hold their values.
     """
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
@@ -72,7 +73,13 @@ def lint(model: onnx.ModelProto, *, precision: str) -> list[Finding]:
         typed = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
         return [Finding(rule="types", where="the graph", message=" ".join(str(error).split())[:300])]
-    return list(_Lint(typed, precision).findings())
+    findings = list(_Lint(typed, precision).findings())
+    others = [finding for finding in findings if finding.rule != "island"]
+    found = len(findings) - len(others)
+    if found == islands:
+        return others
+    message = f"{found} products or attentions are fp32, not the {islands} that must be"
+    return [Finding(rule="island", where="the graph", message=message), *findings]
 
 
 class _Lint:
@@ -181,7 +188,8 @@ class _Lint:
         if node.op_type in _ALWAYS_FP32 and kind != TensorProto.FLOAT:
             yield "precision", "must be fp32: strongly typed engines take statistics, angles and sums as the types say"
         if node.op_type in _IN_PRECISION and kind != self.half:
-            yield "precision", f"must be {TensorProto.DataType.Name(self.half)}, not {TensorProto.DataType.Name(kind)}"
+            rule = "island" if kind == TensorProto.FLOAT else "precision"
+            yield rule, f"must be {TensorProto.DataType.Name(self.half)}, not {TensorProto.DataType.Name(kind)}"
 
     def _floats(self, tensor: TensorProto) -> np.ndarray:
         """The values of a float constant; none of another type, or where they are in another file."""

@@ -1,0 +1,80 @@
+"""Which artifacts an export makes: pairs of a lowering and a precision, and the names of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from modernbert.errors import InputError
+from modernbert_export.ops.op import Target
+from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
+
+# Lowerings by the target that a user names. TensorRT gets two graphs, with the same weights: its local layers are dense
+# up to DENSE_LENGTH and banded above.
+LOWERINGS: Mapping[str, tuple[Target, ...]] = {
+    "portable": ("portable",),
+    "openvino": ("openvino",),
+    "ort-cuda": ("ort-cuda",),
+    "tensorrt": ("tensorrt", "tensorrt-dense"),
+}
+# Precisions by the same, the one first that is taken when none is named. int8 is for CPUs: its operators are ONNX
+# Runtime's CPU kernels'. OpenVINO makes bf16 of fp32 by itself.
+SUPPORTED: Mapping[str, tuple[str, ...]] = {
+    "portable": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32",),
+    "ort-cuda": ("fp32", "fp16"),
+    "tensorrt": ("fp16",),
+}
+# The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
+_FILES: Mapping[str, str] = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One artifact to make."""
+
+    target: Target
+    precision: str
+
+    @property
+    def file(self) -> str:
+        """Name of its graph file."""
+        name = _FILES[self.precision]
+        return name if self.target == "portable" else name.replace("model", f"model_{self.target}", 1)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens that it is for, where that is less than the model takes."""
+        return DENSE_LENGTH if self.target == "tensorrt-dense" else None
+
+
+def choose_variants(targets: Sequence[str], precisions: Sequence[str] | None) -> tuple[Variant, ...]:
+    """What to make for these targets: each in those of the precisions that it has, by default in its usual one.
+
+    Raises:
+        InputError: a target or precision is unknown or named twice, or one goes with none of the other.
+    """
+    _check_names("target", targets, SUPPORTED)
+    possible = [name for target in targets for name in SUPPORTED[target]]
+    if precisions is not None:
+        _check_names(f"precision for target {', '.join(targets)}", precisions, dict.fromkeys(possible))
+    variants = []
+    for target in targets:
+        wanted = SUPPORTED[target][:1] if precisions is None else precisions
+        chosen = [name for name in wanted if name in SUPPORTED[target]]
+        if not chosen:
+            raise InputError(
+                f"precision for target {target} must be one of {', '.join(SUPPORTED[target])}, not {', '.join(wanted)}"
+            )
+        variants += [Variant(lowering, name) for name in chosen for lowering in LOWERINGS[target]]
+    return tuple(variants)
+
+
+def _check_names(what: str, names: Sequence[str], known: Mapping[str, object]) -> None:
+    if not names:
+        raise InputError(f"{what} is empty; give one or more of {','.join(known)}")
+    for name in names:
+        if name not in known:
+            raise InputError(f"{what} must be one of {', '.join(known)}, not {name!r}")
+        if list(names).count(name) > 1:
+            raise InputError(f"{what} names {name!r} more than once; name it once")
