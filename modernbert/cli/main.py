@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from modernbert.cli.bench import bench
+from modernbert.cli.doctor import doctor
 from modernbert.cli.embed import embed
 from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench, doctor):
     app.command()(command)
 app.add_typer(tokenizer, name="tokenizer")
 
