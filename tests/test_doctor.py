@@ -151,7 +151,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_small_model_is_what_its_reference_is_of(small: Bundle) -> None:
-    """The reference is float64 `sdpa`; float64 `eager`, which shares no code with it, confirms both it and the graph."""
+    """The reference is float64 `sdpa`; float64 `eager`, which shares no code with it, confirms it and the graph."""
     cases = make_cases(1000, 8192, (64, 65, 200))
     model = small_model().double()
     model.set_attention("eager")

@@ -20,6 +20,7 @@ from modernbert.cli.export import export, verify
 from modernbert.cli.finetune import finetune
 from modernbert.cli.tokenizer import tokenizer
 from modernbert.cli.training import demo, pretrain
+from modernbert.cli.triton import triton
 from modernbert.errors import InputError, ParityError, TrainingError
 from modernbert_runtime.errors import ModernBertRuntimeError
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench, doctor):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed, bench, doctor, triton):
     app.command()(command)
 app.add_typer(tokenizer, name="tokenizer")
 
