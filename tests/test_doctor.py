@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from modernbert.cli import main
+from modernbert.errors import InputError as BuildError
 from modernbert_export.small_bundle import small_model, torch_reference, write_small_bundle
 from modernbert_runtime import EngineError, InputError
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.doctor import Candidate, Reference, examine, find_candidates
 from modernbert_runtime.doctor import examine as examine_package
-from modernbert_runtime.doctor.examine import compare, make_cases
+from modernbert_runtime.doctor.examine import MIN_COSINE, compare, make_cases
 from modernbert_runtime.doctor.facts import read_cpu
 
 NO_GPU = "no NVIDIA driver (as the test says)"
@@ -147,7 +148,7 @@ def test_without_torch_a_bundle_is_asked_for(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_small_bundle(tmp_path_factory.mktemp("small"), tensorrt=False)
+    return write_small_bundle(tmp_path_factory.mktemp("small"), tensorrt=True)
 
 
 def test_small_model_is_what_its_reference_is_of(small: Bundle) -> None:
@@ -155,14 +156,34 @@ def test_small_model_is_what_its_reference_is_of(small: Bundle) -> None:
     cases = make_cases(1000, 8192, (64, 65, 200))
     model = small_model().double()
     model.set_attention("eager")
-    session = onnxruntime.InferenceSession(small.root / "onnx/portable.onnx", providers=["CPUExecutionProvider"])
-    for length, wanted in torch_reference(cases).hidden.items():
-        ids, mask = cases[length]
+    wanted = torch_reference(cases).hidden
+    for length, (ids, mask) in cases.items():
         with torch.no_grad():
             exact = model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
-        assert compare(wanted, exact, mask)[1] < 1e-10
-        (graph,) = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})
-        assert compare(graph, exact, mask)[1] < 1e-4
+        assert compare(wanted[length], exact, mask)[1] < 1e-10
+    for artifact in small.manifest.artifacts:
+        session = onnxruntime.InferenceSession(small.root / artifact.file, providers=["CPUExecutionProvider"])
+        for length, (ids, mask) in cases.items():
+            (graph,) = session.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})
+            assert compare(graph, wanted[length], mask)[0] >= MIN_COSINE[artifact.precision], artifact.target
+    assert {artifact.target for artifact in small.manifest.artifacts} == {"portable", "tensorrt-dense", "tensorrt"}
+
+
+def test_refused_graph_is_a_failure_of_tensorrt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise BuildError("TensorRT 11.4 refuses 'tensorrt.onnx'")
+
+    monkeypatch.setattr("modernbert_runtime.tensorrt_engine.load_tensorrt", lambda: None)
+    monkeypatch.setattr("modernbert_export.small_bundle.build_small_plans", refuse)
+    code, out, _ = run(capsys, monkeypatch, "--lengths", "65", "--json")
+    said = json.loads(out)
+    states = {check["candidate"]["name"]: (check["state"], check["why"]) for check in said["checks"]}
+    assert code == 1
+    assert states["tensorrt fp16"] == ("fails", "TensorRT 11.4 refuses 'tensorrt.onnx'")
+    assert states["onnxruntime CPU fp32"] == ("holds", "")
+    assert said["reference"].startswith("PyTorch")
 
 
 def test_cpu_is_read_on_x86_and_on_arm() -> None:

@@ -25,13 +25,13 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the tokenizer beside model.py and the settings from config.pbtxt."""
         parameters = json.loads(args["model_config"])["parameters"]
-        settings = {name: one.get("string_value", "") for name, one in parameters.items()}
+        settings: dict[str, Any] = {name: one.get("string_value", "") for name, one in parameters.items()}
         directory = Path(args["model_repository"]) / args["model_version"]
         max_length = int(settings["max_length"])
         self._tokenizer = TextTokenizer(
             directory / "tokenizer.json",
             max_length=max_length,
-            truncation=settings["truncation"],  # type: ignore[arg-type]
+            truncation=settings["truncation"],
         )
         self._prefix, self._pad_id = settings["prefix"], int(settings["pad_id"])
         self._limits = Profile(max_batch=1, max_length=max_length)

@@ -118,8 +118,10 @@ def examine(
     checks = []
     with tempfile.TemporaryDirectory() as scratch:
         given, out = Path(scratch) / "cases.npz", Path(scratch) / "out.npz"
-        arrays = {f"ids_{length}": ids for length, (ids, _) in cases.items()}
-        np.savez(given, **arrays, **{f"mask_{length}": mask for length, (_, mask) in cases.items()})
+        arrays: dict[str, Any] = {}
+        for length, (ids, mask) in cases.items():
+            arrays |= {f"ids_{length}": ids, f"mask_{length}": mask}
+        np.savez(given, **arrays)
         for candidate in candidates:
             if candidate.missing:
                 checks.append(Check(candidate=candidate, state="unchecked", why=candidate.missing))

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def main(root: str, options: str, cases: str, out: str) -> None:
         opened = open_engine(Bundle.open(root, verify_hashes=False), output=OUTPUT, **json.loads(options))
         engine, load_seconds = opened.engine, time.perf_counter() - begin
         given = np.load(cases)
-        seconds, hidden = {}, {}
+        seconds: dict[str, float] = {}
+        hidden: dict[str, Any] = {}
         for name in [name for name in given.files if name.startswith("ids_")]:
             length = name.removeprefix("ids_")
             ids, mask = given[name], given[f"mask_{length}"]
