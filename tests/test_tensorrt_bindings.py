@@ -44,6 +44,7 @@ OBJECTS: dict[Path, dict[str, tuple[str, ...]]] = {
         "_runtime": ("Runtime",),
         "engine": ("ICudaEngine",),
         "context": ("IExecutionContext",),
+        "inspector": ("EngineInspector",),
     },
 }
 SYMBOLS = (

@@ -9,6 +9,7 @@ import copy
 import ctypes
 import dataclasses
 import hashlib
+import json
 import sys
 import types
 from collections.abc import Iterator
@@ -128,6 +129,7 @@ class TensorRt:
     __version__ = "11.4.0"
     TensorIOMode = types.SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user")
+    LayerInformationFormat = types.SimpleNamespace(JSON="json")
 
     class Logger:
         ERROR = 1
@@ -164,6 +166,10 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         return np.float32
+
+    def create_engine_inspector(self) -> Any:
+        layers: list[Any] = ["gemm + gelu", "norm"] if self.dense else [{"Name": "attention", "LayerType": "kgen"}]
+        return types.SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": layers}))
 
     def create_execution_context(self, strategy: str) -> "Context":
         return Context(self)
@@ -326,6 +332,10 @@ def test_either_output_is_given_when_asked_for(engine: TensorRtEngine, exact: An
             assert cosine.min() >= 0.9999
     with pytest.raises(EngineError, match="give last_hidden_state, sentence_embedding, not logits"):
         engine.run(ids, mask, "logits")
+
+
+def test_layers_are_those_of_every_plan_once(engine: TensorRtEngine) -> None:
+    assert engine.layers() == ["gemm + gelu", "norm", "attention"]
 
 
 def test_text_beyond_every_profile_is_refused(engine: TensorRtEngine) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from modernbert.cli.bench import bench
+from modernbert.cli.doctor import doctor
 from modernbert.cli.embed import embed
 from modernbert.cli.evaluate import evaluate
 from modernbert.cli.export import export, verify
@@ -20,6 +21,7 @@ from modernbert.cli.finetune import finetune
 from modernbert.cli.predict import predict
 from modernbert.cli.tokenizer import tokenizer
 from modernbert.cli.training import demo, pretrain
+from modernbert.cli.triton import triton
 from modernbert.errors import InputError, ParityError, TrainingError
 from modernbert_runtime.errors import ModernBertRuntimeError
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (demo, pretrain, finetune, evaluate, export, verify, embed, predict, bench):
+for command in (demo, pretrain, finetune, evaluate, export, verify, embed, predict, bench, doctor, triton):
     app.command()(command)
 app.add_typer(tokenizer, name="tokenizer")
 

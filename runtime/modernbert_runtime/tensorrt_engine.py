@@ -10,6 +10,7 @@ Written against TensorRT 11.4; the names it uses exist in 10.8 too.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from typing import Any, Protocol
@@ -133,6 +134,23 @@ class TensorRtEngine:
             index, pieces = plan_runs(rows, length, self._profiles)
             parts = [self._run(index, input_ids[piece], attention_mask[piece], output) for piece in pieces]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def layers(self) -> list[str]:
+        """What the plans compute, as TensorRT's inspector names it: a layer that was fused of several bears all names.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        trt, names = load_tensorrt(), []
+        with self._lock:
+            if not self._open:
+                raise EngineError("the engine is closed: load the bundle again")
+            for engine in dict.fromkeys(self._engines):
+                inspector = engine.create_engine_inspector()
+                described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+                # With the profiling verbosity of a plain build a layer is its name, with a higher one an object.
+                names += [one["Name"] if isinstance(one, dict) else str(one) for one in described["Layers"]]
+        return names
 
     def close(self) -> None:
         """Frees device and host memory; a run under way ends first."""
