@@ -301,6 +301,20 @@ def test_dropout_removes_weights_and_scales_the_rest(name: str, radius: int | No
     assert sums.mean().item() == pytest.approx(1, abs=0.125)
 
 
+def test_a_band_keeps_every_key_once_for_the_backward_pass() -> None:
+    q, k, v = (x.requires_grad_() for x in random_qkv(1024, torch.float32, heads=8, size=32))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = BACKENDS["banded"](q, k, v, packed([1024]), 32, 0.0, None)
+    # q, k, v and y; filling, the mask as booleans and floats, and a sum per row together are less than one of them.
+    assert 4 * y.nbytes <= sum(kept.values()) < 5 * y.nbytes
+
+
 def test_packing_and_unpacking_is_the_identity_on_tokens() -> None:
     mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]])
     packing = Packing.from_mask(mask)
