@@ -67,6 +67,21 @@ def test_openvino_in_bf16(openvino: Any, bundle: Path, reference: np.ndarray) ->
     assert (vectors * reference).sum(axis=1).min() >= 0.999  # eight bits of mantissa, random weights
 
 
+def test_bf16_knows_where_tokens_stand(openvino: Any, bundle: Path) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16 arithmetic")
+    text = " ".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 510))
+    with Embedder.load(bundle, precision="bf16", threads=1) as embedder:
+        (got,) = embedder.embed_token_vectors([text])
+    with Embedder.load(bundle, engine="onnxruntime", threads=1) as embedder:
+        (wanted,) = embedder.embed_token_vectors([text])
+    assert len(got.vectors) > 500
+    norms = np.linalg.norm(got.vectors, axis=1) * np.linalg.norm(wanted.vectors, axis=1)
+    cosine = (got.vectors * wanted.vectors).sum(axis=1) / norms
+    # Eight bits of mantissa, wherever a token stands. Angles in bfloat16 would give 0.9.
+    assert cosine.min() > 0.999, cosine.min()
+
+
 def test_openvino_in_several_threads_and_batches(openvino: Any, root: Path) -> None:
     with Embedder.load(root, engine="openvino", batch_tokens=12) as embedder:
         results: dict[str, np.ndarray] = {}

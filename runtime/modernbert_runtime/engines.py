@@ -76,6 +76,7 @@ def open_engine(
             bundle.onnx_path(artifact),
             output=output,
             compute="bf16" if compute == "bf16" else "fp32",
+            max_length=bundle.manifest.max_length,
             threads=threads,
             options=options,
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from modernbert_runtime.errors import EngineError, InputError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
+from modernbert_runtime.openvino_rotary import with_exact_tables
 from modernbert_runtime.spikes import Spikes
 
 
@@ -24,6 +25,7 @@ class OpenVinoEngine:
         output: name of the output that `run` returns unless asked for another.
         compute: number format of the arithmetic, whatever that of the file: "bf16" is faster on CPUs that have it,
             and as exact as bfloat16 is.
+        max_length: most tokens of an input; rotary tables for so many are kept when computing in "bf16".
         threads: None leaves it to OpenVINO (all physical cores), except that a container's CPU limit is kept.
         options: OpenVINO's properties by their names, such as {"NUM_STREAMS": "2"}, {"ENABLE_CPU_PINNING": "NO"} or
             {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}.
@@ -39,6 +41,7 @@ class OpenVinoEngine:
         *,
         output: str,
         compute: Literal["fp32", "bf16"] = "fp32",
+        max_length: int = 8192,
         threads: int | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
@@ -60,6 +63,8 @@ class OpenVinoEngine:
         try:
             core = openvino.Core()
             model = core.read_model(str(path))
+            if compute == "bf16":
+                model = with_exact_tables(core, model, max_length)
             self._compiled: Any = core.compile_model(model, "CPU", properties)
         except Exception as error:  # openvino raises plain RuntimeError
             raise EngineError(
