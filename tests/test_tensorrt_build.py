@@ -13,7 +13,7 @@ import pytest
 
 from modernbert.errors import InputError
 from modernbert_export.tensorrt import build
-from modernbert_export.tensorrt.build import build_plans, onnx_hash, run_cancellable
+from modernbert_export.tensorrt.build import build_plans, run_cancellable
 from modernbert_runtime import tensorrt_engine
 from modernbert_runtime.plan_store import plan_directory
 from modernbert_runtime.tensorrt_plan import PlanRecord, plan_profiles
@@ -175,13 +175,3 @@ def test_ctrl_c_stops_the_build_at_its_next_step(tmp_path: Path, monkeypatch: py
 def test_failure_of_the_work_is_not_swallowed() -> None:
     with pytest.raises(ZeroDivisionError):
         run_cancellable(lambda: 1 // 0, lambda: None)
-
-
-def test_hash_depends_on_every_file_and_their_order(tmp_path: Path) -> None:
-    graph, weights = tmp_path / "graph", tmp_path / "weights"
-    graph.write_bytes(b"a")
-    weights.write_bytes(b"b")
-    before = onnx_hash([graph, weights])
-    assert onnx_hash([weights, graph]) != before
-    weights.write_bytes(b"c")
-    assert onnx_hash([graph, weights]) != before

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
 from modernbert_runtime.bundle import Bundle
-from modernbert_runtime.manifest import sha256_file
 from modernbert_runtime.plan_store import FOLDER, PlanSource, remember
 from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
 from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile, plan_profiles
@@ -71,7 +70,7 @@ def build_plans(
         out: directory to make: whole, or absent when the build fails or is cancelled.
         profiles: what the plans must serve.
         precision: what the graphs are in, for the record.
-        onnx_sha256: what `onnx_hash` says of the files.
+        onnx_sha256: of graphs and weights: `PlanSource.sha256`.
         workspace_bytes: most scratch memory of the GPU; None leaves it to TensorRT.
         timing_cache: file to take measured kernels from and to write them to; another build is then much faster.
         progress: is told what is being done.
@@ -97,11 +96,6 @@ def build_plans(
         (partial / RECORD_NAME).write_text(record.to_json(), encoding="utf-8")
     remember(record)
     return record
-
-
-def onnx_hash(files: list[Path]) -> str:
-    """One hash of graphs and weights, in the order given: the part of a plan's key that says what it computes."""
-    return hashlib.sha256("".join(map(sha256_file, files)).encode()).hexdigest()
 
 
 def _build(
