@@ -184,8 +184,8 @@ def test_plans_are_built_from_what_the_bundle_holds(every: Path, monkeypatch: py
         __version__ = "11.4.0"
 
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(build_module, "load_tensorrt", Library)
-    monkeypatch.setattr(build_module, "device_here", lambda: ("Test GPU", "9.0"))
+    monkeypatch.setattr(engine_module, "load_tensorrt", Library)
+    monkeypatch.setattr(engine_module, "device_here", lambda: ("Test GPU", "9.0"))
     monkeypatch.setattr(build_module, "build_plans", lambda graphs, out, **more: seen.update(more, graphs=graphs))
     out = build_module.plan_bundle(every)
     assert out == every / "tensorrt" / "test-gpu-sm90-trt11.4.0-fp16"
@@ -204,7 +204,7 @@ def test_export_says_how_to_build_plans_where_it_cannot(
     def missing() -> Any:
         raise EngineError("tensorrt cannot be imported")
 
-    monkeypatch.setattr(build_module, "load_tensorrt", missing)
+    monkeypatch.setattr(engine_module, "load_tensorrt", missing)
     build_plans_or_say_why(every)
     line = capsys.readouterr().out.strip()
     assert line.startswith("No TensorRT plans were built: tensorrt cannot be imported. ")
