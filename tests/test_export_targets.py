@@ -29,6 +29,7 @@ from modernbert_export.tensorrt.lint import Finding
 from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants
 from modernbert_export.verify import open_session
 from modernbert_runtime import Embedder, EngineError
+from modernbert_runtime import tensorrt_engine as engine_module
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH, PlanRecord
 
