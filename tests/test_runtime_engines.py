@@ -57,31 +57,6 @@ def test_openvino_gives_the_vectors_of_onnxruntime(openvino: Any, bundle: Path, 
         np.testing.assert_allclose(tokens.vectors, expected.vectors, atol=1e-4)
 
 
-def test_openvino_in_bf16(openvino: Any, bundle: Path, reference: np.ndarray) -> None:
-    with Embedder.load(bundle, precision="bf16", threads=1) as embedder:  # which only openvino computes
-        vectors = embedder.embed(TEXTS)
-        hint = embedder._runner.engine._compiled.get_property("INFERENCE_PRECISION_HINT")  # type: ignore[attr-defined]
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        assert hint.get_type_name() == "bf16"
-        assert np.abs(vectors - reference).max() > 1e-5
-    assert (vectors * reference).sum(axis=1).min() >= 0.999  # eight bits of mantissa, random weights
-
-
-def test_bf16_knows_where_tokens_stand(openvino: Any, bundle: Path) -> None:
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no bfloat16 arithmetic")
-    text = " ".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz"), 510))
-    with Embedder.load(bundle, precision="bf16", threads=1) as embedder:
-        (got,) = embedder.embed_token_vectors([text])
-    with Embedder.load(bundle, engine="onnxruntime", threads=1) as embedder:
-        (wanted,) = embedder.embed_token_vectors([text])
-    assert len(got.vectors) > 500
-    norms = np.linalg.norm(got.vectors, axis=1) * np.linalg.norm(wanted.vectors, axis=1)
-    cosine = (got.vectors * wanted.vectors).sum(axis=1) / norms
-    # Eight bits of mantissa, wherever a token stands. Angles in bfloat16 would give 0.9.
-    assert cosine.min() > 0.999, cosine.min()
-
-
 def test_openvino_in_several_threads_and_batches(openvino: Any, root: Path) -> None:
     with Embedder.load(root, engine="openvino", batch_tokens=12) as embedder:
         results: dict[str, np.ndarray] = {}
@@ -160,11 +135,6 @@ def test_auto_without_onnxruntime(
     assert "openvino (CPU, fp32) (onnxruntime is not installed)" in loaded(caplog, root)
 
 
-def test_precision_of_what_runs_is_logged(openvino: Any, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    message = loaded(caplog, root, precision="bf16")
-    assert "openvino (CPU, bf16) (precision bf16), onnx/model.onnx, target portable, precision bf16" in message
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -172,6 +142,7 @@ def test_precision_of_what_runs_is_logged(openvino: Any, root: Path, caplog: pyt
         ({"engine": "openvino", "providers": [CPU]}, InputError, "providers belong to engine='onnxruntime'"),
         ({"engine": "openvino", "max_memory": "9GB"}, InputError, "max_memory is kept by engine='onnxruntime' only"),
         ({"engine": "onnxruntime", "precision": "bf16"}, BundleError, "no artifact portable/bf16"),
+        ({"engine": "openvino", "precision": "bf16"}, BundleError, "no artifact portable/bf16"),
         ({"providers": []}, InputError, "providers must be a list of names"),
         ({"providers": CPU}, InputError, "providers must be a list of names"),
         ({"providers": ["CUDAExecutionProvider"]}, EngineError, "no CUDAExecutionProvider, only .*: choose one"),

@@ -92,8 +92,7 @@ class Embedder:
             engine: what computes; "auto" takes, in this order, tensorrt where plans for this GPU were built by this
                 user, onnxruntime on a GPU where it has the CUDA provider, openvino where it is installed and the
                 bundle has an artifact for it, onnxruntime on the CPU. The log says which and why.
-            precision: such as "fp32"; None takes the one that the bundle lists first. "bf16" computes the fp32
-                artifact in bfloat16, with openvino.
+            precision: such as "fp32"; None takes the one that the bundle lists first.
             providers: ONNX Runtime execution providers, the preferred one first, such as ["CUDAExecutionProvider"],
                 or ["TensorrtExecutionProvider", "CUDAExecutionProvider"], which builds and caches its engines when a
                 length is first met; None leaves it to `engine`.

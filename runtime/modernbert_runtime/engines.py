@@ -25,7 +25,7 @@ class OpenedEngine:
 
     Args:
         reason: part of a sentence, for the log.
-        compute: number format of the arithmetic: the artifact's precision, or "bf16".
+        compute: number format of the arithmetic: the artifact's precision, or the plans'.
     """
 
     engine: Engine
@@ -71,12 +71,10 @@ def open_engine(
             bundle, output=output, precision=precision, options=options, found=chosen.plans
         )
     elif chosen.engine == "openvino":
-        artifact, compute = _openvino_artifact(bundle, precision)
+        artifact, compute = _artifact(bundle, ("openvino", "portable"), precision), ""
         opened = OpenVinoEngine(
             bundle.onnx_path(artifact),
             output=output,
-            compute="bf16" if compute == "bf16" else "fp32",
-            max_length=bundle.manifest.max_length,
             threads=threads,
             options=options,
         )
@@ -122,8 +120,6 @@ def _choose(
         return _Choice(engine="onnxruntime", reason="providers are given", providers=providers)
     if bounded_memory:
         return _Choice(engine="onnxruntime", reason="max_memory is given")
-    if precision == "bf16":
-        return _Choice(engine="openvino", reason="precision bf16")
     on_gpu, lacking = _choose_gpu(bundle, precision)
     if on_gpu is not None:
         return on_gpu
@@ -168,15 +164,6 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # blocked by None in sys.modules
         return False
-
-
-def _openvino_artifact(bundle: Bundle, precision: str | None) -> tuple[Artifact, str]:
-    """The artifact, and the number format to compute in: OpenVINO makes bfloat16 of a float32 file by itself."""
-    targets = ("openvino", "portable")
-    if precision == "bf16":
-        return _artifact(bundle, targets, "fp32"), "bf16"
-    artifact = _artifact(bundle, targets, precision)
-    return artifact, artifact.precision
 
 
 def _artifact(bundle: Bundle, targets: Sequence[str], precision: str | None) -> Artifact:

@@ -11,10 +11,8 @@ from typing import get_args, get_type_hints
 from modernbert_runtime.embedder import Embedder
 from modernbert_runtime.manifest import Manifest
 
-# Number formats that an engine makes of a float32 artifact by itself, beside those of the artifacts.
-OWN_PRECISIONS = {"openvino": ("bf16",)}
 # The lowest cosine with the reference that a vector may have for its time to count.
-MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.9999, "int8": 0.99}
+MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.99}
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def own_candidates(bundle: str, manifest: Manifest, *, threads: int | None) -> l
     artifacts = list(dict.fromkeys(artifact.precision for artifact in manifest.artifacts))
     found = []
     for engine in engines:
-        for precision in dict.fromkeys([*artifacts, *OWN_PRECISIONS.get(engine, ())]):
+        for precision in artifacts:
             options = json.dumps({"engine": engine, "precision": precision, "threads": threads})
             command = [sys.executable, "-m", "modernbert_runtime.bench.worker", bundle, options]
             found.append(Candidate(f"{engine} {precision}", precision, command))

@@ -64,19 +64,10 @@ def _onnxruntime(bundle: Bundle, no_gpu: str) -> Iterator[Candidate]:
 
 
 def _openvino(bundle: Bundle) -> Iterator[Candidate]:
-    missing, has_bf16 = "", True
-    if importlib.util.find_spec("openvino") is None:
-        missing = 'openvino is not installed: pip install "modernbert-deploy[openvino]"'
-    else:
-        import openvino
-
-        has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precisions = _precisions(bundle, ("openvino", "portable"))
-    for precision in precisions:
+    installed = importlib.util.find_spec("openvino") is not None
+    missing = "" if installed else 'openvino is not installed: pip install "modernbert-deploy[openvino]"'
+    for precision in _precisions(bundle, ("openvino", "portable")):
         yield Candidate(name=f"openvino CPU {precision}", engine="openvino", precision=precision, missing=missing)
-    if "fp32" in precisions:
-        lacking = missing or ("" if has_bf16 else "this CPU has no bfloat16 arithmetic")
-        yield Candidate(name="openvino CPU bf16", engine="openvino", precision="bf16", missing=lacking)
 
 
 def _tensorrt(bundle: Bundle, no_gpu: str) -> Candidate:
