@@ -1,8 +1,8 @@
 """The OpenVINO engine. Imports openvino when one is made, not before.
 
-Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32: in bfloat16 it
-loses the positions of a text (its rotary angles are bfloat16 too: a cosine of 0.995 at 512 tokens), and some runs gave
-NaN.
+Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32: in bfloat16
+it loses the positions of a text (its rotary angles are bfloat16 too: a cosine of 0.995 at 512 tokens), and some runs
+gave NaN.
 """
 
 import queue

@@ -21,8 +21,8 @@ from modernbert_runtime.errors import EngineError, InputError
 
 # Both sides of the window's edge (a token sees 64 to either side), the longest text of most uses, the longest of all.
 LENGTHS = (64, 65, 512, 8192)
-# The lowest cosine that the hidden state of a token may have with the reference's. int8 promises its text vectors rather
-# than every token, and these ids are no text.
+# The lowest cosine that the hidden state of a token may have with the reference's. int8 promises its text vectors
+# rather than every token, and these ids are no text.
 MIN_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.9}
 TIMEOUT_SECONDS = 600
 
