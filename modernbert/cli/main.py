@@ -48,7 +48,7 @@ def main() -> None:
         where = error.ctx.command_path if error.ctx else "modernbert"
         _fail(f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help", 2)
     except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+        _fail("interrupted; the output was not written", 130)
     except (InputError, ModernBertRuntimeError) as error:
         _fail(str(error), 2)
     except ImportError as error:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-# What a batch holds unless the caller says otherwise. On a CPU the activations of so many tokens stay in its cache:
-# with 8,192 a token of ModernBERT-base costs 13 to 20 % more (one thread, texts of 12 to 256 tokens). GPUs want more.
+# What a batch holds unless the caller says otherwise. On a CPU the activations of so many tokens stay in its cache, and
+# a token costs less than in larger batches. GPUs want more.
 BATCH_TOKENS = 1024
 
 # Down to this many tokens a row costs little more than a call does, so padding it is cheaper than a batch of its own.

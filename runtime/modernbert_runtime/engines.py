@@ -25,12 +25,10 @@ class OpenedEngine:
 
     Args:
         reason: part of a sentence, for the log.
-        compute: number format of the arithmetic: the artifact's precision, or the plans'.
     """
 
     engine: Engine
     artifact: Artifact
-    compute: str
     reason: str
 
 
@@ -67,20 +65,13 @@ def open_engine(
             raise InputError("providers belong to engine='onnxruntime': leave them out, or choose that engine")
     chosen = _choose(bundle, engine, precision, providers, bounded_memory)
     if chosen.engine == "tensorrt":
-        opened, artifact, compute = open_plans(
-            bundle, output=output, precision=precision, options=options, found=chosen.plans
-        )
+        opened, artifact = open_plans(bundle, output=output, precision=precision, options=options, found=chosen.plans)
     elif chosen.engine == "openvino":
-        artifact, compute = _artifact(bundle, ("openvino", "portable"), precision), ""
-        opened = OpenVinoEngine(
-            bundle.onnx_path(artifact),
-            output=output,
-            threads=threads,
-            options=options,
-        )
+        artifact = _artifact(bundle, ("openvino", "portable"), precision)
+        opened = OpenVinoEngine(bundle.onnx_path(artifact), output=output, threads=threads, options=options)
     else:
         names = provider_names(chosen.providers)
-        artifact, compute = _onnxruntime_artifact(bundle, names, precision), ""
+        artifact = _onnxruntime_artifact(bundle, names, precision)
 
         def session(file: Artifact, provider_options: Mapping[str, Mapping[str, str]]) -> Engine:
             return OnnxRuntimeEngine(
@@ -97,7 +88,7 @@ def open_engine(
             opened = open_profiled(bundle, artifact, session)
         else:
             opened = session(artifact, {CUDA: cuda_options()} if CUDA in names else {})
-    return OpenedEngine(engine=opened, artifact=artifact, compute=compute or artifact.precision, reason=chosen.reason)
+    return OpenedEngine(engine=opened, artifact=artifact, reason=chosen.reason)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,8 +43,8 @@ def bundle_plans(bundle: Bundle, precision: str | None, *, trust_bundle: bool = 
 
 def open_plans(
     bundle: Bundle, *, output: str, precision: str | None, options: Mapping[str, str] | None, found: FoundPlans | None
-) -> tuple[Engine, Artifact, str]:
-    """The TensorRT engine, an artifact that its plans were built from, and their precision.
+) -> tuple[Engine, Artifact]:
+    """The TensorRT engine and an artifact that its plans were built from.
 
     Args:
         bundle, output, precision: see `engines.open_engine`.
@@ -62,7 +62,7 @@ def open_plans(
         raise InputError(f"engine_options of tensorrt are trust_bundle_plans '0' or '1', not {name!r}: {value!r}")
     found = found or bundle_plans(bundle, precision, trust_bundle=trust == "1")
     engine = TensorRtEngine(found.plans, onnx_sha256=found.source.sha256, output=output)
-    return engine, next(iter(found.source.artifacts.values())), found.source.precision
+    return engine, next(iter(found.source.artifacts.values()))
 
 
 def open_profiled(bundle: Bundle, artifact: Artifact, session: Session) -> Engine:

@@ -108,7 +108,7 @@ def open_bundle(
         opened.reason,
         artifact.file,
         artifact.target,
-        opened.compute,
+        artifact.precision,
         manifest.dimension,
         manifest.max_length,
         truncation,

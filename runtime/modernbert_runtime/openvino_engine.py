@@ -1,8 +1,7 @@
 """The OpenVINO engine. Imports openvino when one is made, not before.
 
 Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32: in bfloat16
-it loses the positions of a text (its rotary angles are bfloat16 too: a cosine of 0.995 at 512 tokens), and some runs
-gave NaN.
+its rotary angles cannot count beyond 256, which loses the positions of a text.
 """
 
 import queue
