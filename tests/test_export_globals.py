@@ -23,8 +23,9 @@ from modernbert.model import ModernBertForMaskedLM, load_model
 from modernbert_export import trace as trace_module
 from modernbert_export.export import export
 from modernbert_export.ops.local_attention_with_globals import local_attention_with_globals
+from modernbert_export.session import open_session
 from modernbert_export.variants import SUPPORTED
-from modernbert_export.verify import open_session, verify_bundle
+from modernbert_export.verify import verify_bundle
 from modernbert_runtime import Embedder
 from modernbert_runtime.bundle import Bundle
 

@@ -23,11 +23,11 @@ from modernbert.model import ModernBertForMaskedLM
 from modernbert_export.contents import read_contents
 from modernbert_export.export import export
 from modernbert_export.lower import FORMS
+from modernbert_export.session import open_session
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.tensorrt import build as build_module
 from modernbert_export.tensorrt.lint import Finding
 from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants
-from modernbert_export.verify import open_session
 from modernbert_runtime import Embedder, EngineError
 from modernbert_runtime import tensorrt_engine as engine_module
 from modernbert_runtime.bundle import Bundle

@@ -8,7 +8,8 @@ from conftest import WORDS
 from scipy.stats import spearmanr
 
 from modernbert.errors import InputError
-from modernbert_export.text_fidelity import TextSet, compare_text
+from modernbert_export.text_fidelity import compare_text
+from modernbert_export.texts import TextSet
 
 
 def test_figures_are_those_of_scipy_and_of_plain_loops() -> None:
@@ -52,7 +53,7 @@ def test_vectors_come_back_in_the_order_of_the_texts(checkpoint: Path, tmp_path:
     (tmp_path / "texts").write_text("\n".join([*lines, "", lines[3]]))
     texts = TextSet.read(checkpoint / "tokenizer.json", max_tokens=20, file=tmp_path / "texts")
     assert max(map(len, texts.ids)) == 20
-    sums = texts.embed(lambda ids, mask: (ids * mask).sum(1, keepdims=True).astype(float))
+    sums = texts.rows(lambda ids, mask: (ids * mask).sum(1, keepdims=True).astype(float))
     assert sums[:, 0].tolist() == [sum(ids) for ids in texts.ids]
     first = [1, *(WORDS.index(word) for word in lines[1].split()), 2][:20]
     assert list(texts.ids[1][: len(first) - 1]) == first[:-1]

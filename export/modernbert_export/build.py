@@ -1,7 +1,8 @@
 """The graph files of an export, one per variant, built and not yet verified on the grid.
 
 All start from one checkpoint. There is a trace for fp32 and one for fp16, whose islands are chosen in torch; each is
-lowered for every target. int8 is made from the portable fp32 file. Graphs of one precision share a file of weights.
+lowered for every target. Integers are made from the portable fp32 file. Graphs of fp32, and of fp16, share a file of
+weights.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ import torch
 
 from modernbert.errors import ParityError
 from modernbert_export.lower import lower
+from modernbert_export.on_text import Fidelity, OnText
 from modernbert_export.precision.audit import LayerRange, audit
-from modernbert_export.precision.calibrate import LinearChoice, smooth
+from modernbert_export.precision.calibrate import LinearChoice, Rows, smooth, weight_errors
 from modernbert_export.precision.half import to_half
 from modernbert_export.precision.int8 import LEVELS, quantize
+from modernbert_export.precision.weight_only import BLOCK, quantize_weights
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.source import Source
 from modernbert_export.tasks import EMBEDDING, Loaded
-from modernbert_export.text_fidelity import TextFidelity, TextSet
 from modernbert_export.trace import trace
-from modernbert_export.variants import Variant
-from modernbert_export.verify import Array, verify_text
+from modernbert_export.variants import INTEGERS, Variant
 
 Progress = Callable[[str], None]
 
-# Shares of the linear layers that int8 leaves in fp32, the worst first, tried in turn until the text comes out right.
-KEPT_SHARES = (0.0, 0.05, 0.1, 0.2)
+# Shares of the linear layers that stay finer (fp32 in int8, 8 bits among 4), the worst first, tried in turn until the
+# text comes out right.
+KEPT_SHARES = {"int8": (0.0, 0.05, 0.1, 0.2), "int8-weights": (0.0,), "int4-weights": (0.0, 0.1, 0.25, 0.5)}
 # Lengths whose ranges of activations are looked at, where the model takes them.
 AUDIT_LENGTHS = (512, 8192)
 
@@ -43,7 +45,7 @@ class Built:
     variant: Variant
     file: Path
     data_file: Path | None = None
-    text: TextFidelity | None = None
+    text: Fidelity | None = None
     ranges: tuple[LayerRange, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -56,8 +58,7 @@ class Builder:
         source: the checkpoint.
         directory: where the files go.
         scratch: where the fp32 file goes if it is wanted for int8 only.
-        texts: what int8 is measured on.
-        wanted: the checkpoint's vectors [texts, dim] of these.
+        on_text: what files in integers are measured on.
         levels: largest integer that stands for a weight in int8.
         progress: is told what is being done, in a few words.
     """
@@ -65,36 +66,43 @@ class Builder:
     source: Source
     directory: Path
     scratch: Path
-    texts: TextSet
-    wanted: Array
+    on_text: OnText
     levels: int = LEVELS
     progress: Progress = lambda _: None
 
-    def build(self, model: Loaded, variants: Sequence[Variant], rows: dict[str, torch.Tensor]) -> list[Built]:
+    def build(self, model: Loaded, variants: Sequence[Variant], rows: Rows) -> list[Built]:
         """Makes the files, in the order given. Uses the model up: the caller should drop it.
 
         Args:
             model: the checkpoint in fp32.
             variants: those that are wanted.
-            rows: sampled inputs of its linear layers, for int8.
+            rows: sampled inputs of its linear layers, for integers.
 
         Raises:
-            ParityError: int8 loses too much on the text, however much of it stays fp32.
+            ParityError: integers lose too much on the text, however many layers are kept finer.
         """
         portable = Variant("portable", "fp32")
-        int8 = [variant for variant in variants if variant.precision == "int8"]
+        integers = [variant for variant in variants if variant.precision in INTEGERS]
         wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16")}
-        choices = []
-        if int8:
+        choices: list[LinearChoice] = []
+        errors: dict[str, dict[str, float]] = {}
+        if any(variant.precision == "int8" for variant in integers):
             self.progress("int8: measuring the error of each linear layer")
             choices = smooth(model.encoder, rows, self.levels)
+            errors["int8"] = {choice.name: choice.error for choice in choices}
+        if any(variant.precision == "int4-weights" for variant in integers):
+            self.progress("int4-weights: measuring the error of each linear layer")
+            errors["int4-weights"] = weight_errors(model.encoder, rows, 4)
         built: dict[Variant, Built] = {}
-        if wanted["fp32"] or int8:
+        if wanted["fp32"] or integers:
             graph = self._trace(model, "fp32")
             built |= self._lowered(graph, wanted["fp32"], self.directory)
-        for variant in int8:
+        if integers:
             fp32 = built.get(portable) or self._lowered(graph, [portable], self.scratch)[portable]
-            built[variant] = self._int8(variant, fp32.file, choices)
+            del graph
+        for variant in integers:
+            worst = sorted(errors.get(variant.precision, {}).items(), key=lambda item: -item[1])
+            built[variant] = self._integers(variant, fp32.file, worst, _notes(variant, choices, self.levels))
         if wanted["fp16"]:
             built |= self._half("fp16", torch.float16, self.source.load(), wanted["fp16"])
         return [built[variant] for variant in variants]
@@ -133,30 +141,40 @@ class Builder:
             )
         return built
 
-    def _int8(self, variant: Variant, fp32: Path, choices: Sequence[LinearChoice]) -> Built:
-        """Quantises the fp32 file, leaving more and more of the worst layers in fp32 until the text comes out right."""
+    def _integers(
+        self, variant: Variant, fp32: Path, worst: Sequence[tuple[str, float]], notes: tuple[str, ...]
+    ) -> Built:
+        """Quantises the fp32 file, keeping more and more of the worst layers finer until the text comes out right."""
         file = self.directory / variant.file
-        worst = sorted(choices, key=lambda choice: -choice.error)
-        for share in KEPT_SHARES:
-            kept = [choice.name for choice in worst[: round(share * len(worst))]]
-            self.progress(f"int8: quantising, {len(kept)} of {len(worst)} linear layers left in fp32")
-            graph = quantize(ir.load(fp32), self.source.config, kept=kept, levels=self.levels)
+        for share in KEPT_SHARES[variant.precision]:
+            kept = [name for name, _ in worst[: round(share * len(worst))]]
+            self.progress(f"{variant.precision}: quantising, {len(kept)} linear layers kept finer")
+            graph = self._quantized(ir.load(fp32), variant, kept)
             ir.external_data.load_to_model(graph)
             ir.save(graph, file)
             del graph
             gc.collect()  # it is full of cycles
-            text = verify_text(file, self.texts, self.wanted, progress=self.progress)
+            text = self.on_text.compare(file, self.progress)
             if text.passed:
                 break
         else:
-            raise ParityError(f"int8 loses too much, with {len(kept)} layers in fp32.\n\n{text.to_markdown()}")
-        smoothed = [choice for choice in choices if choice.strength is not None]
-        notes = (
-            f"Weights have {2 * self.levels + 1} values per output. Inputs of {len(smoothed)} of {len(choices)} linear "
-            f"layers are smoothed; relative error of one layer: {worst[0].error:.2%} at most ({worst[0].name}).",
-            f"In fp32: {', '.join(kept) or 'no linear layer'}.",
-        )
+            raise ParityError(
+                f"{variant.precision} loses too much, with {len(kept)} layers kept finer.\n\n{text.to_markdown()}"
+            )
+        if worst:
+            name, error = worst[0]
+            notes += (
+                f"Relative error of one layer's output: {error:.2%} at most ({name}).",
+                f"Kept finer: {', '.join(kept) or 'no linear layer'}.",
+            )
         return Built(variant=variant, file=file, text=text, notes=notes)
+
+    def _quantized(self, graph: ir.Model, variant: Variant, kept: Sequence[str]) -> ir.Model:
+        if variant.precision == "int8":
+            return quantize(graph, self.source.config, kept=kept, levels=self.levels)
+        return quantize_weights(
+            graph, self.source.config, bits=4 if variant.precision == "int4-weights" else 8, kept=kept
+        )
 
     def _half(
         self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant]
@@ -170,5 +188,16 @@ class Builder:
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""
-        joined = torch.cat([torch.tensor(ids) for ids in self.texts.ids])
+        joined = torch.cat([torch.tensor(ids) for ids in self.on_text.texts.ids])
         return joined.repeat(-(-tokens // len(joined)))[:tokens]
+
+
+def _notes(variant: Variant, choices: Sequence[LinearChoice], levels: int) -> tuple[str, ...]:
+    """What a report should say about how a file in integers was made."""
+    if variant.precision != "int8":
+        return (f"Weights have a scale for every {BLOCK} of them; inputs are not quantised in the file.",)
+    smoothed = sum(choice.strength is not None for choice in choices)
+    return (
+        f"Weights have {2 * levels + 1} values per output; inputs of {smoothed} of {len(choices)} linear layers are "
+        "smoothed.",
+    )

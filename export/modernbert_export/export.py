@@ -15,26 +15,28 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import InputError, ParityError
+from modernbert.errors import ParityError
 from modernbert.output import whole_directory
 from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
 from modernbert_export.contents import Contents, read_contents
-from modernbert_export.lower import FORMS, TargetForm
+from modernbert_export.lower import TargetForm
+from modernbert_export.on_text import OnText
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
-from modernbert_export.references import References, compute_references, embed_text
-from modernbert_export.source import Source, open_source
-from modernbert_export.tasks import EMBEDDING, TASKS
+from modernbert_export.references import References, compute_references
+from modernbert_export.source import Source, mask_token, open_source
+from modernbert_export.tasks import EMBEDDING, FILL_MASK, TASKS
 from modernbert_export.tensorrt.lint import lint
-from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
+from modernbert_export.texts import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OUTPUTS
-from modernbert_export.variants import Variant, choose_variants
-from modernbert_export.verify import fidelity_grid, verify, verify_head, verify_text
+from modernbert_export.variants import INTEGERS, Variant, choose_variants
+from modernbert_export.verify import fidelity_grid, verify, verify_head
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
 
@@ -79,7 +81,7 @@ def export(
         task: "embedding", or one of `tasks.TASKS`, whose head the checkpoint must have.
         pooling: "mean", "cls" or "global"; by default what the checkpoint says, else "mean".
         max_length: most tokens of a text; by default what the checkpoint says.
-        text: file with one text a line, on which int8 is chosen and proven; a built-in one when absent.
+        text: file with one text a line, on which integers are chosen and proven; built-in ones when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
         progress: is told what is being done, in a few words.
         proven: is told of each artifact that passed, with its report and what is in the graph.
@@ -92,15 +94,15 @@ def export(
     made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
-    if not embeds and "int8" in made:
-        raise InputError(f"precision int8 is chosen by comparing embeddings; take fp32 or fp16 with task {task}")
-    if not embeds and text is not None:
-        raise InputError(f"text compares embeddings; leave it out with task {task}")
-    compared = text is not None or "int8" in made
-    max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
-    texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
+    integers = not made.isdisjoint(INTEGERS)
+    texts = TextSet.read(
+        source.path / "tokenizer.json",
+        max_tokens=min(source.max_length, MOST_TOKENS if text is not None or integers else FEW_TOKENS),
+        file=text,
+        hide_by=mask_token(source.path, source.config) if task == FILL_MASK else None,
+    )
     weights = sum(path.stat().st_size for path in source.weight_files)
-    # The checkpoint, and weights per precision; those of fp32 are there for int8 in any case.
+    # The checkpoint, and weights per precision; those of fp32 are there for integers in any case.
     room = (1 + len({*made, "fp32"})) * _fp32_bytes(source.config, weights) + EXTRA_BYTES
     with whole_directory(Path(out), room=room) as partial:
         # First, while nothing else is in memory: a model in float64 is the largest thing there is.
@@ -111,17 +113,14 @@ def export(
         encoder = model_for_task.encoder
         write_model_files(source, model_for_task.whole, partial)
         (partial / "onnx").mkdir()
-        with InputSampler(encoder) if "int8" in made else contextlib.nullcontext() as sampler:
-            wanted = (
-                embed_text(encoder, texts, source.pooling, source.normalize, progress) if embeds else np.zeros((0, 0))
-            )
+        with InputSampler(encoder) if integers else contextlib.nullcontext() as sampler:
+            on_text = OnText.of(model_for_task, texts, task, progress)
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(
                 source=source,
                 directory=partial / "onnx",
                 scratch=Path(scratch),
-                texts=texts,
-                wanted=wanted,
+                on_text=on_text,
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
                 progress=progress,
             )
@@ -130,12 +129,12 @@ def export(
         gc.collect()  # graphs are full of cycles
         for one in built:
             outputs = None if embeds else TASKS[task].outputs(source.config)
-            check_saved(one.file, FORMS[one.variant.target], outputs)
+            check_saved(one.file, one.variant.form, outputs)
             _check_lint(one, with_globals=source.config.num_global_tokens > 0)
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
-                one = dataclasses.replace(one, text=verify_text(one.file, texts, wanted, progress=progress))
+                one = dataclasses.replace(one, text=on_text.compare(one.file, progress))
             artifacts.append(_prove(one, source, references, partial, progress))
         del references
         reports = [artifact.report for artifact in artifacts]
@@ -160,21 +159,19 @@ def export(
                     precision=artifact.variant.precision,
                     file=artifact.file,
                     data_file=artifact.data_file,
-                    opset=FORMS[artifact.variant.target].opset,
-                    ir_version=FORMS[artifact.variant.target].ir_version,
+                    opset=artifact.variant.form.opset,
+                    ir_version=artifact.variant.form.ir_version,
                     max_length=artifact.variant.max_length,
                     parity=artifact.report.summary(),
                     # What is fused away is in the estimate of a graph, and not in what its engine needs.
-                    activation_bytes={}
-                    if FORMS[artifact.variant.target].quadratic
-                    else artifact.contents.activation_bytes,
+                    activation_bytes={} if artifact.variant.form.quadratic else artifact.contents.activation_bytes,
                 )
                 for artifact in artifacts
             ),
             files=hash_files(partial),
             labels=source.labels,
             score_function=source.score_function,
-            calibration={"low": tuple(wanted.min(0).tolist()), "high": tuple(wanted.max(0).tolist())} if embeds else {},
+            calibration=_ranges(on_text.wanted) if embeds else {},
         )
         (partial / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     for artifact in artifacts:
@@ -221,7 +218,7 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
         file=name,
         data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
         report=report,
-        contents=read_contents(built.file, quadratic=FORMS[built.variant.target].quadratic),
+        contents=read_contents(built.file, quadratic=built.variant.form.quadratic),
     )
 
 
@@ -272,6 +269,11 @@ def check_saved(file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str
     ):
         if got != want:
             raise ParityError(f"{file.name}: {what} must be {want}, but the saved file has {got}")
+
+
+def _ranges(vectors: NDArray[np.float32]) -> dict[str, tuple[float, ...]]:
+    """Of each dimension over all texts, as the manifest has them."""
+    return {"low": tuple(vectors.min(0).tolist()), "high": tuple(vectors.max(0).tolist())}
 
 
 def _fp32_bytes(config: ModernBertConfig, stored: int) -> int:

@@ -15,6 +15,7 @@ from onnxscript import optimizer
 
 from modernbert_export.ops import OPS
 from modernbert_export.ops.op import MICROSOFT, OPSET, Target
+from modernbert_export.precision.weight_only import OPSET as BLOCKS_OPSET
 from modernbert_export.shared_shape import SharedShapePass
 from modernbert_export.skip_norm import SkipNormPass
 from modernbert_export.split_matmul import SplitMatMulPass
@@ -51,6 +52,12 @@ FORMS: Mapping[Target, TargetForm] = {
     "tensorrt": _TENSORRT,
     "tensorrt-dense": _TENSORRT,
 }
+
+
+def form_of(target: Target, precision: str) -> TargetForm:
+    """The form of a target's files in a precision: integer weights in blocks need a newer opset than the rest."""
+    form = FORMS[target]
+    return dataclasses.replace(form, opset=max(form.opset, BLOCKS_OPSET)) if precision.endswith("-weights") else form
 
 
 def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_export.on_text import Fidelity
 from modernbert_export.precision.audit import LayerRange
-from modernbert_export.text_fidelity import TextFidelity
+from modernbert_export.variants import INTEGERS
 
 SEED = 20_240_519
 
@@ -44,14 +45,14 @@ class Tolerance:
         return ", ".join(filter(None, limits))
 
 
-# Of one forward pass against exact arithmetic. The grid's tokens are random, which no int8 promise is about: there it
-# must only not be broken, and `TextFidelity` says whether it is good.
+# Of one forward pass against exact arithmetic. The grid's tokens are random, which no promise of integers is about:
+# there they must only not be broken, and `OnText` says whether they are good.
 _HALF = Tolerance(max_abs_error=None, min_cosine=0.9999, min_pooled_cosine=0.99995)
 TOLERANCES: Mapping[str, Tolerance] = {
     "fp32": Tolerance(max_abs_error=1e-4, min_cosine=0.999999, min_pooled_cosine=0.999999),
     "fp16": _HALF,
     "bf16": _HALF,
-    "int8": Tolerance(max_abs_error=None, min_cosine=None, min_pooled_cosine=0.9),
+    **dict.fromkeys(INTEGERS, Tolerance(max_abs_error=None, min_cosine=None, min_pooled_cosine=0.9)),
 }
 
 
@@ -116,7 +117,7 @@ class ParityReport:
     precision: str
     comparisons: tuple[Comparison, ...]
     first_difference: str | None = None
-    text: TextFidelity | None = None
+    text: Fidelity | None = None
     ranges: tuple[LayerRange, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -20,10 +20,8 @@ import transformers
 from numpy.typing import NDArray
 
 from modernbert.config import load_config
-from modernbert.model import ModernBertModel, load_model
-from modernbert.pooling import EmbeddingHead
+from modernbert.model import load_model
 from modernbert_export.parity import Case
-from modernbert_export.text_fidelity import TextSet
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]
@@ -68,20 +66,6 @@ def _load_exact(checkpoint: Path) -> Any:
 
 def _load_stock(checkpoint: Path) -> Any:
     return transformers.AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
-
-
-@torch.no_grad()
-def embed_text(model: ModernBertModel, texts: TextSet, pooling: str, normalize: bool, progress: Progress) -> Array:
-    """Pooled vectors [texts, dim] of the checkpoint, by our model as it is."""
-    head = EmbeddingHead(pooling, normalize=normalize)
-
-    def embed(ids: Array, mask: Array) -> Array:
-        tensors = torch.from_numpy(ids), torch.from_numpy(mask)
-        output = model(*tensors)
-        pooled: Array = head(output.last_hidden_state, tensors[1], output.global_hidden_state).numpy()
-        return pooled
-
-    return texts.embed(embed, lambda message: progress(f"parity: PyTorch, {message}"))
 
 
 def _by_case(

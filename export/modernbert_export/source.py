@@ -203,6 +203,18 @@ def _max_length(path: Path, config: ModernBertConfig, override: int | None) -> i
     return int(min(stated, limit))
 
 
+def mask_token(path: Path, config: ModernBertConfig) -> str:
+    """The text of the token that stands for a hidden one.
+
+    Raises:
+        InputError: the files name none.
+    """
+    token = _special_tokens(path, config).get("mask_token")
+    if token is None:
+        raise InputError(f"model {str(path)!r} names no mask_token: add it to its tokenizer_config.json")
+    return token
+
+
 def _special_tokens(path: Path, config: ModernBertConfig) -> dict[str, str]:
     """Token texts by name: from the tokenizer's own files, else from the ids in the model's configuration."""
     file = path / "tokenizer.json"

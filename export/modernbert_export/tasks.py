@@ -30,7 +30,7 @@ from modernbert.heads import ModernBertForSequenceClassification, ModernBertForT
 from modernbert.model import ModernBertForMaskedLM, ModernBertModel, ModernBertPreTrainedModel, load_model
 from modernbert.pooling import EmbeddingHead
 
-EMBEDDING = "embedding"
+EMBEDDING, FILL_MASK = "embedding", "fill-mask"
 LOGITS = "logits"
 
 
@@ -112,7 +112,7 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         Task(
-            name="fill-mask",
+            name=FILL_MASK,
             model=ModernBertForMaskedLM,
             stock=transformers.ModernBertForMaskedLM,
             head=MaskedLMHead,

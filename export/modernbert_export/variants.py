@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modernbert.errors import InputError
+from modernbert_export.lower import TargetForm, form_of
 from modernbert_export.ops.op import Target
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 
@@ -17,16 +18,24 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "ort-cuda": ("ort-cuda",),
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
-# Precisions by the same, the one first that is taken when none is named. int8 is for CPUs: its operators are ONNX
-# Runtime's CPU kernels'. OpenVINO makes bf16 of fp32 by itself.
+# Those that keep weights as integers: `int8` quantises what comes in as well, the others weights alone.
+INTEGERS = ("int8", "int8-weights", "int4-weights")
+# Precisions by the same, the one first that is taken when none is named. Integers are for CPUs, where ONNX Runtime has
+# kernels for them.
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
-    "portable": ("fp32", "fp16", "int8"),
+    "portable": ("fp32", "fp16", *INTEGERS),
     "openvino": ("fp32",),
     "ort-cuda": ("fp32", "fp16"),
     "tensorrt": ("fp16",),
 }
 # The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
-_FILES: Mapping[str, str] = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+_FILES: Mapping[str, str] = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_quantized.onnx",
+    "int8-weights": "model_int8_weights.onnx",
+    "int4-weights": "model_q4.onnx",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,11 @@ class Variant:
         """Name of its graph file."""
         name = _FILES[self.precision]
         return name if self.target == "portable" else name.replace("model", f"model_{self.target}", 1)
+
+    @property
+    def form(self) -> TargetForm:
+        """What its graph may consist of."""
+        return form_of(self.target, self.precision)
 
     @property
     def max_length(self) -> int | None:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 
@@ -22,12 +20,15 @@ from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
+from modernbert_export.on_text import OnText
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
-from modernbert_export.references import TRANSFORMERS, References, compute_references, embed_text
-from modernbert_export.source import open_source
-from modernbert_export.tasks import EMBEDDING, LOGITS, TASKS
-from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
-from modernbert_export.trace import INPUTS, OUTPUTS
+from modernbert_export.references import TRANSFORMERS, References, compute_references
+from modernbert_export.session import open_session
+from modernbert_export.source import mask_token, open_source
+from modernbert_export.tasks import EMBEDDING, FILL_MASK, LOGITS, TASKS, load_for_task
+from modernbert_export.texts import MOST_TOKENS, TextSet
+from modernbert_export.trace import OUTPUTS
+from modernbert_export.variants import INTEGERS
 from modernbert_runtime.bundle import Bundle
 
 Array = NDArray[Any]
@@ -147,18 +148,6 @@ def verify_head(
     return _with_first_difference(report, onnx_file, reference)
 
 
-def verify_text(onnx_file: Path, texts: TextSet, wanted: Array, *, progress: Progress = lambda _: None) -> TextFidelity:
-    """Compares an artifact's embeddings of texts with the checkpoint's [texts, dim], as `embed_text` gives them."""
-    session = open_session(onnx_file)
-
-    def embed(ids: Array, mask: Array) -> Array:
-        pooled: Array = session.run([OUTPUTS[1]], dict(zip(INPUTS, (ids, mask), strict=True)))[0]
-        return pooled
-
-    got = texts.embed(embed, lambda message: progress(f"parity: ONNX Runtime, {message}"))
-    return compare_text(texts.source, got, wanted)
-
-
 def verify_bundle(
     directory: Path,
     reference: str | None = None,
@@ -171,7 +160,7 @@ def verify_bundle(
     Args:
         directory: the bundle.
         reference: checkpoint directory or hub id.
-        text: file with one text a line, to compare on as well; int8 is compared on a built-in one in any case.
+        text: file with one text a line, to compare on as well; integers are compared on built-in ones in any case.
         progress: is told what is being done, in a few words.
 
     Raises:
@@ -194,12 +183,27 @@ def verify_bundle(
                     f"reference {reference!r} has {name} {getattr(source.config, name)}, the bundle has "
                     f"{getattr(own, name)}; give the checkpoint that it was exported from"
                 )
-    if manifest.task != EMBEDDING:
-        if text is not None:
-            raise InputError(f"text compares embeddings; leave it out with a bundle for {manifest.task}")
-        return [
-            verify_head(
-                bundle.onnx_path(artifact),
+    on_text = None
+    if text is not None or any(artifact.precision in INTEGERS for artifact in manifest.artifacts):
+        texts = TextSet.read(
+            bundle.path_of("tokenizer.json"),
+            max_tokens=min(manifest.max_length, MOST_TOKENS),
+            file=text,
+            hide_by=mask_token(bundle.root, load_config(bundle.root)) if manifest.task == FILL_MASK else None,
+        )
+        model = load_for_task(checkpoint, manifest.task, pooling=manifest.pooling, normalize=manifest.normalize)
+        on_text = OnText.of(model, texts, manifest.task, progress)
+        del model
+    references = None
+    if manifest.task == EMBEDDING:
+        grid = fidelity_grid(load_config(checkpoint), manifest.max_length)
+        references = compute_references(checkpoint, grid, progress)
+    reports = []
+    for artifact in manifest.artifacts:
+        file = bundle.onnx_path(artifact)
+        if references is None:
+            report = verify_head(
+                file,
                 checkpoint,
                 artifact=artifact.file,
                 precision=artifact.precision,
@@ -207,32 +211,20 @@ def verify_bundle(
                 max_length=manifest.max_length,
                 progress=progress,
             )
-            for artifact in manifest.artifacts
-        ]
-    texts = None
-    if text is not None or any(artifact.precision == "int8" for artifact in manifest.artifacts):
-        tokenizer_file = bundle.path_of("tokenizer.json")
-        texts = TextSet.read(tokenizer_file, max_tokens=min(manifest.max_length, MOST_TOKENS), file=text)
-        encoder = load_model(checkpoint)
-        wanted = embed_text(encoder, texts, manifest.pooling, manifest.normalize, progress)
-        del encoder
-    references = compute_references(checkpoint, fidelity_grid(load_config(checkpoint), manifest.max_length), progress)
-    reports = []
-    for artifact in manifest.artifacts:
-        file = bundle.onnx_path(artifact)
-        report = verify(
-            file,
-            checkpoint,
-            artifact=artifact.file,
-            precision=artifact.precision,
-            pooling=manifest.pooling,
-            normalize=manifest.normalize,
-            max_length=artifact.max_length or manifest.max_length,
-            references=references,
-            progress=progress,
-        )
-        if texts is not None and (text is not None or artifact.precision == "int8"):
-            report = dataclasses.replace(report, text=verify_text(file, texts, wanted, progress=progress))
+        else:
+            report = verify(
+                file,
+                checkpoint,
+                artifact=artifact.file,
+                precision=artifact.precision,
+                pooling=manifest.pooling,
+                normalize=manifest.normalize,
+                max_length=artifact.max_length or manifest.max_length,
+                references=references,
+                progress=progress,
+            )
+        if on_text is not None and (text is not None or artifact.precision in INTEGERS):
+            report = dataclasses.replace(report, text=on_text.compare(file, progress))
         reports.append(report)
     return reports
 
@@ -259,22 +251,6 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
             return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
     after = "head" if LOGITS in {output.name for output in session.get_outputs()} else "pooled output"
     return f"none of the layers; the {after} alone, {where}"
-
-
-def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
-    proto = onnx.load(onnx_file, load_external_data=False)
-    present = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-        for name in also_output
-        if name not in present
-    )
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
-    )
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _pool(hidden: Array, summary: Array | None, mask: Array, pooling: str, normalize: bool) -> Array:

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modernbert.model import ModernBertModel
+from modernbert_export.precision.linears import LAYER_LINEARS
+from modernbert_export.precision.weight_only import BLOCK, Bits, block_weight
 
-LINEARS = ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
 # Of SmoothQuant's exponent; None leaves the layer as it is.
 STRENGTHS = (None, 0.25, 0.5, 0.75)
 SAMPLE_ROWS = 256
@@ -34,6 +36,9 @@ class LinearChoice:
     name: str
     strength: float | None
     error: float
+
+
+Rows = Mapping[str, Tensor]  # sampled inputs [R, I] of linear layers by name
 
 
 class InputSampler:
@@ -70,11 +75,11 @@ class InputSampler:
 def linear_names(model: ModernBertModel) -> Iterator[str]:
     """The linear layers of the encoder in the order that it runs them."""
     for index in range(model.config.num_hidden_layers):
-        yield from (f"layers.{index}.{name}" for name in LINEARS)
+        yield from (f"layers.{index}.{name}" for name in LAYER_LINEARS)
 
 
 @torch.no_grad()
-def smooth(model: ModernBertModel, rows: Mapping[str, Tensor], levels: int) -> list[LinearChoice]:
+def smooth(model: ModernBertModel, rows: Rows, levels: int) -> list[LinearChoice]:
     """Chooses each linear layer's strength by its error in int8, and moves the scales into the weights, in place.
 
     Args:
@@ -100,6 +105,19 @@ def smooth(model: ModernBertModel, rows: Mapping[str, Tensor], levels: int) -> l
                 parameter.div_(scales[strength].reshape(-1, *(1,) * (parameter.dim() - 1)))
         choices.append(LinearChoice(name=name, strength=strength, error=errors[strength]))
     return choices
+
+
+@torch.no_grad()
+def weight_errors(model: ModernBertModel, rows: Rows, bits: Bits) -> dict[str, float]:
+    """The relative output error of each linear layer when its weights alone have so many bits."""
+    errors = {}
+    for name in linear_names(model):
+        x_RI, w_OI = rows[name], model.get_submodule(name).weight
+        integers_IO, scale_NO = block_weight(w_OI.T.numpy(), bits)
+        got_IO = integers_IO.astype(np.float32) * scale_NO.repeat(BLOCK, 0)[: len(integers_IO)]
+        wanted_RO = x_RI @ w_OI.T
+        errors[name] = float((x_RI @ torch.from_numpy(got_IO) - wanted_RO).norm() / wanted_RO.norm().clamp(min=1e-30))
+    return errors
 
 
 def smoothing_scales(x_RI: Tensor, w_OI: Tensor, strength: float | None) -> Tensor:

@@ -1,0 +1,130 @@
+"""The linear layers of a lowered graph: which MatMul nodes compute each, and how one is put in another's place.
+
+Every integer precision is a pass over these nodes. The graph may compute a layer in several products, each over a part
+of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from modernbert.config import ModernBertConfig
+
+# Of a layer, in the order of the graph.
+LAYER_LINEARS = ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer, by the name of its module in the encoder; that of a vocabulary's logits is "decoder"."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+def linears(config: ModernBertConfig) -> list[Linear]:
+    """All of the encoder in the order of the graph."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = ((hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
+    return [
+        Linear(f"layers.{index}.{name}", *shape)
+        for index in range(config.num_hidden_layers)
+        for name, shape in zip(LAYER_LINEARS, shapes, strict=True)
+    ]
+
+
+def products(model: ir.Model, config: ModernBertConfig) -> Iterator[tuple[Linear, list[ir.Node]]]:
+    """The MatMul nodes of each linear layer, found by order and size, and that of a decoder if there is one.
+
+    Other products of a head are small, and left alone.
+
+    Raises:
+        AssertionError: the graph's products are not the encoder's linear layers: a fault of ours.
+    """
+    nodes = [node for node in model.graph if node.op_type == "MatMul" and matrix_shape(node.inputs[1]) is not None]
+    for linear in linears(config):
+        mine, outputs = [], 0
+        while outputs < linear.outputs:
+            node = nodes.pop(0)
+            rows, columns = matrix_shape(node.inputs[1])  # type: ignore[misc]
+            assert rows == linear.inputs, f"{linear}: found a product with {rows} inputs"
+            mine.append(node)
+            outputs += columns
+        assert outputs == linear.outputs, f"{linear}: products with {outputs} outputs"
+        yield linear, mine
+    for node in nodes:
+        rows, columns = matrix_shape(node.inputs[1])  # type: ignore[misc]
+        if columns == config.vocab_size:
+            yield Linear("decoder", rows, columns), [node]
+
+
+def matrix_shape(value: ir.Value | None) -> tuple[int, int] | None:
+    """Rows and columns of a constant matrix; None if it is none."""
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    rows, columns = value.const_value.shape.numpy()
+    return rows, columns
+
+
+def constant(value: ir.Value | None) -> NDArray[np.float32]:
+    """The numbers of an initializer."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, tensor: NDArray[np.generic]) -> ir.Value:
+    """Registers a constant."""
+    value = ir.val(name, const_value=ir.tensor(np.ascontiguousarray(tensor), name=name))
+    graph.register_initializer(value)
+    return value
+
+
+def replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Puts nodes, the last of which computes the same, in the place of one; constants that no node reads go away."""
+    graph.insert_before(node, nodes)
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    new.name, new.type, new.shape = old.name, old.type, old.shape
+    old.name = None
+    old.replace_all_uses_with(new)
+    inputs = [value for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for value in inputs:
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
+
+
+def quantize_embeddings(graph: ir.Graph, config: ModernBertConfig) -> None:
+    """Gather from a table of 8-bit integers, and from the column of its rows' scales.
+
+    Where a decoder shares the table, it keeps it in fp32 for itself.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+    (node,) = (node for node in graph if node.op_type == "Gather" and matrix_shape(node.inputs[0]) == shape)
+    table, ids = node.inputs
+    assert table is not None
+    integers, scale = integer_weight(constant(table).T)
+    rows = ir.node(
+        "Gather", [initializer(graph, f"{table.name}_int8", integers.T), ids], {"axis": 0}, name=f"{node.name}_integer"
+    )
+    scales = ir.node(
+        "Gather",
+        [initializer(graph, f"{table.name}_scale", scale[:, None]), ids],
+        {"axis": 0},
+        name=f"{node.name}_scale",
+    )
+    floats = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}_cast")
+    result = ir.node("Mul", [floats.outputs[0], scales.outputs[0]], name=f"{node.name}_scaled")
+    replace(graph, node, [rows, scales, floats, result])
+
+
+def integer_weight(w_IO: NDArray[np.float32], levels: int = 127) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Integers [I, O] and scales [O] whose product is the matrix, each column's largest value at `levels`."""
+    scale_O = np.maximum(np.abs(w_IO).max(0) / levels, np.finfo(np.float32).tiny).astype(np.float32)
+    return np.rint(w_IO / scale_O).astype(np.int8), scale_O

@@ -1,0 +1,26 @@
+"""ONNX Runtime on the CPU as a referee runs it: default settings, and inner values on request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+
+def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
+    proto = onnx.load(onnx_file, load_external_data=False)
+    present = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in also_output
+        if name not in present
+    )
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
+    )
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
