@@ -19,9 +19,12 @@ from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import modernbert_export.build as build_module
+import modernbert_export.lower as lower_module
 from modernbert.cli.main import main
 from modernbert.errors import InputError, ParityError
+from modernbert_export.decisions import DecisionFidelity, compare_decisions, decisions
 from modernbert_export.export import export
+from modernbert_export.tasks import TASKS
 from modernbert_export.verify import verify_bundle
 from modernbert_runtime import (
     BundleError,
@@ -192,6 +195,48 @@ def test_half_precision_keeps_the_head(folder: Path, made: Callable[[str], Path]
     assert a.score == pytest.approx(b.score, rel=0.05)
 
 
+# Integers
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_integers_decide_as_the_checkpoint_does(
+    made: Callable[[str], Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    made(task)
+    # As with a real vocabulary: too large to be transposed when the file is made.
+    monkeypatch.setattr(lower_module, "FOLD_LIMIT", SIZES["vocab_size"] * SIZES["hidden_size"] - 1)
+    manifest = export(str(folder / task), tmp_path / "out", task=task, precisions=["int8", "int8-weights"])
+    assert all(artifact.parity["text_agreement"] >= 0.95 for artifact in manifest.artifacts)
+    for report in verify_bundle(tmp_path / "out"):
+        assert report.passed
+        assert isinstance(report.text, DecisionFidelity)
+        assert report.text.agreement == manifest.artifacts[0].parity["text_agreement"] or report.precision != "int8"
+    for artifact in manifest.artifacts:
+        graph = onnx.load(tmp_path / "out" / artifact.file).graph
+        floats = max(np.prod(x.dims) for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT)
+        assert floats <= SIZES["hidden_size"] ** 2  # no table, no decoder: the head's own layer is the largest
+
+
+def test_integers_order_texts_as_a_cross_encoder_does(one_label: Path, tmp_path: Path) -> None:
+    manifest = export(str(one_label), tmp_path / "out", task="text-classification", precisions=["int8"])
+    assert manifest.artifacts[0].parity["text_rank_correlation"] >= 0.95
+
+
+def test_other_decisions_do_not_pass() -> None:
+    logits = np.random.default_rng(0).standard_normal((100, 3))
+    for width in (3, 1):
+        want = logits[:, :width]
+        assert compare_decisions("x", want * 3, want).passed
+        assert not compare_decisions("x", -want, want).passed
+        assert not compare_decisions("x", np.full_like(want, np.nan), want).passed
+    few = logits.copy()
+    few[:4] = -few[:4]
+    assert compare_decisions("x", few, logits).agreement == 0.96
+    per_token = np.arange(2 * 5 * 3).reshape(2, 5, 3)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert (decisions(TASKS["fill-mask"], per_token, mask) == per_token[[0, 1], [2, 1]]).all()
+
+
 # What cannot be exported
 
 
@@ -217,13 +262,8 @@ def test_parameters_that_are_of_embeddings_are_refused(
     made: Callable[[str], Path], folder: Path, tmp_path: Path
 ) -> None:
     made("fill-mask")
-    for given, message in (
-        (dict(pooling="mean"), "pooling 'mean' is of embeddings"),
-        (dict(precisions=["fp32", "int8"]), "precision int8 is chosen by comparing embeddings"),
-        (dict(text=tmp_path / "texts.txt"), "text compares embeddings"),
-    ):
-        with pytest.raises(InputError, match=message):
-            export(str(folder / "fill-mask"), tmp_path / "out", task="fill-mask", **given)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pooling 'mean' is of embeddings"):
+        export(str(folder / "fill-mask"), tmp_path / "out", task="fill-mask", pooling="mean")
 
 
 def test_labels_must_fit_the_classifier(made: Callable[[str], Path], folder: Path, tmp_path: Path) -> None:

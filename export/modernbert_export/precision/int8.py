@@ -13,12 +13,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from modernbert.config import ModernBertConfig
 from modernbert_export.precision.linears import (
-    constant,
     initializer,
     integer_weight,
+    matrix,
     products,
     quantize_embeddings,
     replace,
@@ -55,6 +56,7 @@ def quantize(model: ir.Model, config: ModernBertConfig, *, kept: Collection[str]
             for node in nodes:
                 _quantize_product(model.graph, node, quantized, levels)
     quantize_embeddings(model.graph, config)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -64,7 +66,7 @@ def _quantize_product(
     x, weight = node.inputs
     assert x is not None
     assert weight is not None
-    integers, scale = integer_weight(constant(weight), levels)
+    integers, scale = integer_weight(matrix(weight), levels)
     if x not in quantized:
         dynamic = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}_quantize")
         for output, suffix in zip(dynamic.outputs, ("integers", "scale", "zero_point"), strict=True):
@@ -72,10 +74,10 @@ def _quantize_product(
         graph.insert_before(node, dynamic)
         quantized[x] = dynamic.outputs
     x_integers, x_scale, x_zero = quantized[x]
-    matrix = initializer(graph, f"{weight.name}_int8", integers)
+    columns = initializer(graph, f"{weight.name}_int8", integers)
     scales = initializer(graph, f"{weight.name}_scale", scale)
     # No zero point of the weights, which is 0: given one, ONNX Runtime's kernels take another, slower way.
-    product = ir.node("MatMulInteger", [x_integers, matrix, x_zero], name=f"{node.name}_integer")
+    product = ir.node("MatMulInteger", [x_integers, columns, x_zero], name=f"{node.name}_integer")
     floats = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}_cast")
     both = ir.node("Mul", [x_scale, scales], name=f"{node.name}_scale")
     result = ir.node("Mul", [floats.outputs[0], both.outputs[0]], name=f"{node.name}_scaled")

@@ -66,17 +66,26 @@ def products(model: ir.Model, config: ModernBertConfig) -> Iterator[tuple[Linear
 
 def matrix_shape(value: ir.Value | None) -> tuple[int, int] | None:
     """Rows and columns of a constant matrix; None if it is none."""
-    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+    stored, transposed = _stored(value)
+    if stored is None or len(stored.shape) != 2:
         return None
-    rows, columns = value.const_value.shape.numpy()
-    return rows, columns
+    rows, columns = stored.shape.numpy()
+    return (columns, rows) if transposed else (rows, columns)
 
 
-def constant(value: ir.Value | None) -> NDArray[np.float32]:
-    """The numbers of an initializer."""
-    assert value is not None
-    assert value.const_value is not None
-    return value.const_value.numpy()
+def matrix(value: ir.Value | None) -> NDArray[np.float32]:
+    """The numbers of a constant matrix."""
+    stored, transposed = _stored(value)
+    assert stored is not None
+    return stored.numpy().T if transposed else stored.numpy()
+
+
+def _stored(value: ir.Value | None) -> tuple[ir.TensorProtocol | None, bool]:
+    """The tensor behind a value, and whether the graph transposes it: a decoder takes the table of embeddings so."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        return node.inputs[0].const_value, True
+    return (value.const_value if value is not None else None), False
 
 
 def initializer(graph: ir.Graph, name: str, tensor: NDArray[np.generic]) -> ir.Value:
@@ -101,15 +110,12 @@ def replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
 
 
 def quantize_embeddings(graph: ir.Graph, config: ModernBertConfig) -> None:
-    """Gather from a table of 8-bit integers, and from the column of its rows' scales.
-
-    Where a decoder shares the table, it keeps it in fp32 for itself.
-    """
+    """Gather from a table of 8-bit integers, and from the column of its rows' scales."""
     shape = (config.vocab_size, config.hidden_size)
     (node,) = (node for node in graph if node.op_type == "Gather" and matrix_shape(node.inputs[0]) == shape)
     table, ids = node.inputs
     assert table is not None
-    integers, scale = integer_weight(constant(table).T)
+    integers, scale = integer_weight(matrix(table).T)
     rows = ir.node(
         "Gather", [initializer(graph, f"{table.name}_int8", integers.T), ids], {"axis": 0}, name=f"{node.name}_integer"
     )

@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from modernbert.config import ModernBertConfig
-from modernbert_export.precision.linears import constant, initializer, products, quantize_embeddings
+from modernbert_export.precision.linears import initializer, matrix, products, quantize_embeddings
 
 OPSET = 21
 BLOCK = 32
@@ -38,6 +39,7 @@ def quantize_weights(model: ir.Model, config: ModernBertConfig, *, bits: Bits, k
         for node in nodes:
             _quantize_product(model.graph, node, 8 if linear.name in kept else bits)
     quantize_embeddings(model.graph, config)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -45,16 +47,14 @@ def _quantize_product(graph: ir.Graph, node: ir.Node, bits: Bits) -> None:
     weight = node.inputs[1]
     assert weight is not None
     assert weight.name is not None
-    integers, scale = block_weight(constant(weight), bits)
-    matrix = initializer(graph, f"{weight.name}_int{bits}", integers)
+    integers, scale = block_weight(matrix(weight), bits)
+    blocks = initializer(graph, f"{weight.name}_int{bits}", integers)
     scales = initializer(graph, f"{weight.name}_scale", scale)
-    floats = ir.node("DequantizeLinear", [matrix, scales], {"axis": 0, "block_size": BLOCK}, name=f"{node.name}_weight")
+    floats = ir.node("DequantizeLinear", [blocks, scales], {"axis": 0, "block_size": BLOCK}, name=f"{node.name}_weight")
     floats.outputs[0].name, floats.outputs[0].type = f"{weight.name}_float", weight.type
     floats.outputs[0].shape = weight.shape
     graph.insert_before(node, floats)
     node.replace_input_with(1, floats.outputs[0])
-    if not weight.uses():
-        graph.initializers.pop(weight.name)
 
 
 def block_weight(w_IO: NDArray[np.float32], bits: Bits) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
