@@ -17,7 +17,8 @@ timed once. Ratios are taken pair by pair, peer / ours, so that a slow moment of
 The ceiling is this machine's fp32 matrix product rate on the model's own weight shapes with the same threads, the best
 of samples taken before and after. A candidate's share of it counts useful work only, the same for both: linear
 layers, and scores and sums over the keys that a layer attends to. Arithmetic on masked-out keys counts as lost, as does
-all that is no matrix product: 100 % is out of reach.
+all that is no matrix product: 100 % is out of reach. Where our time goes, layer type by layer type, is profiled after that
+(layer_times.py).
 
 With `--precision int8` ours is `modernbert export --precision int8`, and there are two peers: transformers' fp32 as
 above, and its export through its own dynamic int8 quantiser (`OnnxRuntimeQuantizer`). The mean-pooled vectors of both
@@ -45,6 +46,8 @@ from typing import Any, NoReturn
 
 import measure
 import numpy as np
+from layer_times import as_markdown as layers_as_markdown
+from layer_times import layer_times
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -321,7 +324,12 @@ def measure_case(
         seconds, timed_peaks = measure.take_turns(
             files, inputs, threads=options.threads, rounds=rounds, together=together, after=lambda: bar.advance(task)
         )
+    with progress_to.status(f"{case} tokens: where the time goes"):
+        layers = layer_times(
+            files[OURS], inputs, config["layer_types"], threads=options.threads, runs=5 if together else 1
+        )
     return {
+        "layer_seconds": layers,
         "max_abs_difference": error,
         "min_cosine": cosine,
         "pooled_cosine": pooled_cosine,
@@ -519,7 +527,12 @@ def as_table(report: dict[str, Any]) -> Table:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for a page."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *(cells(row) for row in report["rows"])]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", caption(report), ""])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    layers = "\n\n".join(
+        f"Where our time goes, {case} tokens:\n\n{layers_as_markdown(found['layer_seconds'])}"
+        for case, found in report["lengths"].items()
+    )
+    return f"{table}\n\n{caption(report)}\n\n{layers}\n"
 
 
 def plot(report: dict[str, Any], file: Path) -> None:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError, ParityError
+from modernbert.heads import ModernBertForSequenceClassification
 from modernbert.model import ModernBertForMaskedLM, load_model
 from modernbert_export import trace as trace_module
 from modernbert_export.export import export
@@ -134,3 +135,26 @@ def test_the_bundle_is_a_checkpoint_again(bundle: Path, with_globals: Path) -> N
     assert torch.equal(stored["embeddings.global_tokens"], load_model(with_globals).embeddings.global_tokens)
     assert Bundle.open(bundle).manifest.pooling == "global"
     assert json.loads((bundle / "1_Pooling/config.json").read_text())["pooling_mode"] == "global"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("fill-mask", ModernBertForMaskedLM), ("text-classification", ModernBertForSequenceClassification)],
+)
+def test_heads_see_them(task: str, kind: Any, tmp_path: Path) -> None:
+    sizes = {**TINY, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    config = ModernBertConfig(**sizes, num_global_tokens=NUMBER, classifier_pooling="global", num_labels=3)
+    source = write_checkpoint(tmp_path / "source")
+    model = kind(config)
+    randomise(model)
+    model.save_pretrained(source)
+    manifest = export(str(source), tmp_path / "out", task=task, max_length=70)
+    assert manifest.artifacts[0].parity["min_cosine"] >= 0.999999
+    (report,) = verify_bundle(tmp_path / "out")
+    assert report.passed
+    assert {row.reference for row in report.comparisons} == {"float64 eager"}
+    weights = load_file(source / "model.safetensors")
+    weights["model.embeddings.global_tokens"] *= -1
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    (report,) = verify_bundle(tmp_path / "out", str(source))
+    assert not report.passed

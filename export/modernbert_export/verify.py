@@ -143,6 +143,7 @@ def verify_head(
             "Compared are the logits: errors in units of the largest one where that is above 1, cosines with a "
             "constant 1 beside them."
             + (f" Left out for their size: lengths {', '.join(map(str, skipped))}." if skipped else ""),
+            *((NO_SECOND,) if config.num_global_tokens else ()),
         ),
     )
     return _with_first_difference(report, onnx_file, reference)
