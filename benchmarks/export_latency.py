@@ -17,7 +17,7 @@ timed once. Ratios are taken pair by pair, peer / ours, so that a slow moment of
 The ceiling is this machine's fp32 matrix product rate on the model's own weight shapes with the same threads, the best
 of samples taken before and after. A candidate's share of it counts useful work only, the same for both: linear
 layers, and scores and sums over the keys that a layer attends to. Arithmetic on masked-out keys counts as lost, as does
-all that is no matrix product: 100 % is out of reach. Where our time goes, layer type by layer type, is profiled after that
+all that is no matrix product: 100 % is out of reach. Where our time goes, layer type by layer type, is profiled last
 (layer_times.py).
 
 With `--precision int8` ours is `modernbert export --precision int8`, and there are two peers: transformers' fp32 as
