@@ -254,7 +254,8 @@ def _attend_groups(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
 
-    return torch.cat([attend(*group) for group in zip(q, k, v, strict=True) if group[0].shape[1]])
+    results = [attend(*group) for group in zip(q, k, v, strict=True) if group[0].shape[1]]
+    return results[0] if len(results) == 1 else torch.cat(results)  # cat copies, and the backward pass would keep both
 
 
 BACKENDS: Mapping[str, AttentionBackend] = {
