@@ -283,7 +283,9 @@ class ModernBertModel(ModernBertPreTrainedModel):
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
             radius = self._radius(layer_type)
             if v.requires_grad:
-                v = v.contiguous()  # a view would keep all of q, k and v for the backward pass, which wants them rotated
+                v = (
+                    v.contiguous()
+                )  # a view would keep all of q, k and v for the backward pass, which wants them rotated
             if config.num_global_tokens:
                 return attend_with_globals(
                     q,
