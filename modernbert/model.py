@@ -31,7 +31,7 @@ from transformers.initialization import ones_, trunc_normal_, zeros_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from modernbert.attention import BACKENDS, PLANS, ROWS, rotary_tables, rotate
+from modernbert.attention import BACKENDS, PLANS, ROWS, rotary_tables, rotated
 from modernbert.config import LayerType, ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.global_tokens import attend_with_globals
@@ -282,10 +282,6 @@ class ModernBertModel(ModernBertPreTrainedModel):
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
             radius = self._radius(layer_type)
-            if v.requires_grad:
-                v = (
-                    v.contiguous()
-                )  # a view would keep all of q, k and v for the backward pass, which wants them rotated
             if config.num_global_tokens:
                 return attend_with_globals(
                     q,
@@ -299,9 +295,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
                     backend=backend,
                     rows=ROWS[self.attention],
                 )
-            return backend(
-                rotate(q, *tables[layer_type]), rotate(k, *tables[layer_type]), v, packing, radius, dropout, None
-            )
+            return backend(*rotated(q, k, v, *tables[layer_type]), packing, radius, dropout, None)
 
         return attend
 
