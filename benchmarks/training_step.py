@@ -6,17 +6,26 @@ of labelled tokens only (transformers: `sparse_prediction`, its fastest form), a
 norm of every gradient before any time counts. Each candidate is a process of its own; they take turns A B A B ....
 Where all together would fill the memory, every turn starts a process afresh, warms up once and is timed once.
 
-    python benchmarks/training_step.py                                  # everything: hours on two cores, 20 GB
+    make bench-training                                                 # everything: two hours on two cores, 20 GB
+    make bench-training ARGS='--parts steps --lengths 2048,8192 --modes eager'
     python benchmarks/training_step.py --preset tiny --lengths 128 --tokens 512 --layer-lengths 1024,2048  # a look
 
-Three questions: (1) one sequence at each length, eager and compiled; (2) a batch of varying lengths: ours packed, ours
-computing the padding as if it were text, transformers with its mask; packing should win at least what the padding
-costs; (3) one local layer of base, forward and backward, at growing lengths: time and memory must grow as n.
+Three parts, in this order, with the time that they take for base on two cores of 200 GFLOP/s (worked out from single
+steps: ours 14 s, transformers 19 s at 2,048 tokens, 36 s and 55 s at 4,096):
+
+    layer     one local layer of base, forward and backward: time and memory must grow as n. 3 minutes.
+    packed    a batch of varying lengths: ours packed, ours computing the padding as if it were text, transformers with
+              its mask; packing should win at least what the padding costs. 20 minutes.
+    steps     one sequence at each length, eager, then compiled: 1 minute at 512 tokens, 4 at 2,048, 10 at 4,096,
+              20 to 25 at 8,192; compiled as much again, and up to 5 more at each length to compile.
+
+What is measured is written after every part and every length, so that a run that is cut short loses nothing. A later
+run on the same machine and versions adds to it, or replaces what it measures again.
 
 Ratios are taken pair by pair, peer / ours. The ceiling is torch's fp32 matrix product rate on the model's own weight
 shapes; a candidate's share counts useful work only. Targets, for base, eager: 1.3 times as fast at 2,048 tokens, 1.6
-at 8,192, at most 70 % of the peer's peak memory at 4,096. Exit codes: 0 fine, 1 candidates disagree or a target is
-missed, 2 bad usage.
+at 8,192, at most 70 % of the peer's peak memory at 4,096. Exit codes: 0 fine, 1 candidates disagree, one failed or a
+target is missed, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -25,11 +34,13 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +54,10 @@ TARGET_RATIO = {2048: 1.3, 8192: 1.6}
 TARGET_MEMORY = {4096: 0.7}
 # Time per token and bytes per token may grow this much from the second shortest length to the longest.
 LINEAR_WITHIN = 1.3
+LAYER_REPEATS = 3
 VOCABULARY = 50_000
+MODES = ("eager", "compiled")
+PARTS = ("layer", "packed", "steps")
 
 
 class DisagreementError(RuntimeError):
@@ -53,27 +67,56 @@ class DisagreementError(RuntimeError):
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit code."""
     options = parse(arguments)
+    written = options.out / "training_step.json"
     try:
-        report = benchmark(options)
-    except (DisagreementError, measure.WorkerError) as error:
-        return complain(error, 1)
+        report = begun(options, written)
+        for number, (name, run) in enumerate(parts := list(chosen(options)), 1):
+            tell(f"part {number} of {len(parts)}: {name}")
+            report["results"][name] = {"date": now(), **finished(run)}
+            write(report, options.out)
+    except ValueError as error:
+        return complain(error, 2)
     except KeyboardInterrupt:
-        return complain("interrupted; nothing was written", 130)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "training_step.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "training_step.md").write_text(text := as_markdown(report))
-    print(text)
-    tell(f"raw samples, table: {options.out}/training_step.json, .md")
+        return complain(f"interrupted; what was measured until then is in {written}", 130)
+    print(text := as_markdown(report))
+    tell(f"raw samples, table: {written}, .md")
     return 1 if "fail" in text else 0
 
 
-def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything from the checkpoint to the tables."""
+def begun(options: argparse.Namespace, written: Path) -> dict[str, Any]:
+    """The report without results, or with those that are there already.
+
+    Raises:
+        ValueError: those come from another machine, or other versions or settings.
+    """
     here = measure.machine()
     tell(f"{here['processor']}, {here['cores']} cores, {options.threads} threads, fp32")
     if here["load_average"] > 0.3:
         tell(f"the machine is busy (load {here['load_average']:.1f}): publish no times from this run")
     options.work.mkdir(parents=True, exist_ok=True)
+    ceiling = gemm_rate(checkpoint(options.preset, options), options.threads)
+    tell(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s fp32 matrix product")
+    report: dict[str, Any] = {
+        "question": "training step, ours against transformers' ModernBERT (sdpa): time and memory",
+        "machine": here,
+        "versions": measure.versions("modernbert-deploy", "torch", "transformers", "numpy"),
+        "settings": {"preset": options.preset, "threads": options.threads},
+        "ceiling_flops": ceiling,
+        "results": {},
+    }
+    if written.is_file():
+        before = json.loads(written.read_text())
+        for what, keys in (("machine", ("processor", "cores")), ("versions", ()), ("settings", ())):
+            one, two = ({key: found[key] for key in keys or found} for found in (before[what], report[what]))
+            if one != two:
+                raise ValueError(f"{written} has results of other {what}, {one} and not {two}; choose another --out")
+        report["results"] = before["results"]
+        report["ceiling_flops"] = max(ceiling, before["ceiling_flops"])
+    return report
+
+
+def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Name and work of every part."""
     model = checkpoint(options.preset, options)
     base = Candidate(
         implementation=OURS,
@@ -83,26 +126,39 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         memory_bytes=int(measure.available_memory_bytes() * 0.9),
     )
     peer = dataclasses.replace(base, implementation=PEER, attention="sdpa")
-    ceiling = gemm_rate(model, options.threads)
-    tell(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s fp32 matrix product")
-    steps = []
-    for length in options.lengths:
-        write_batch(batch := options.work / f"train-{length}.npz", [length], vocabulary=VOCABULARY)
-        for mode in options.modes:
-            pair = [dataclasses.replace(x, compile=mode == "compiled") for x in (peer, base)]
-            steps.append({"tokens": length, "mode": mode, **compare(pair, batch, options)})
-    return {
-        "question": "training step, ours against transformers' ModernBERT (sdpa): time and memory",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": here,
-        "versions": measure.versions("modernbert-deploy", "torch", "transformers", "numpy"),
-        "settings": {"preset": options.preset, "threads": options.threads, "repeats": options.repeats},
-        "ceiling_flops": ceiling,
-        "flops": {length: 3 * useful_flops(length, model) for length in options.lengths},
-        "steps": steps,
-        "packed": packed(base, peer, options) if options.tokens else None,
-        "layer": layer(base, options) if options.layer_lengths else [],
-    }
+    if "layer" in options.parts:
+        yield "layer", lambda: layer(base, options)
+    if "packed" in options.parts:
+        yield "packed", lambda: packed(base, peer, options)
+    for mode in options.modes if "steps" in options.parts else []:
+        for length in options.lengths:
+            yield f"{mode} step, {length} tokens", functools.partial(step, base, peer, length, mode, options)
+
+
+def finished(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part found, or why it failed: the parts after it are worth having all the same."""
+    try:
+        return run()
+    except (DisagreementError, measure.WorkerError) as error:
+        tell(f"failed: {error}")
+        return {"failed": str(error)}
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """The report as it stands; each file is whole at any time."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", as_markdown(report))):
+        partial = out / f".training_step.{name}"
+        partial.write_text(text)
+        partial.replace(out / f"training_step.{name}")
+
+
+def step(base: Candidate, peer: Candidate, length: int, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One sequence: time and memory of both sides."""
+    write_batch(batch := options.work / f"train-{length}.npz", [length], vocabulary=VOCABULARY)
+    pair = [dataclasses.replace(x, compile=mode == "compiled") for x in (peer, base)]
+    flops = 3 * useful_flops(length, Path(base.model))
+    return {"tokens": length, "mode": mode, "flops": flops, **compare(pair, batch, options)}
 
 
 def packed(base: Candidate, peer: Candidate, options: argparse.Namespace) -> dict[str, Any]:
@@ -120,8 +176,8 @@ def packed(base: Candidate, peer: Candidate, options: argparse.Namespace) -> dic
     return {"lengths": lengths, "padding_factor": max(lengths) * len(lengths) / sum(lengths), **found}
 
 
-def layer(base: Candidate, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One local layer at growing lengths, each in fresh processes."""
+def layer(base: Candidate, options: argparse.Namespace) -> dict[str, Any]:
+    """One local layer at growing lengths, each in fresh processes; what a process holds at 16 tokens does not count."""
     model = checkpoint("layer", options)
     candidate = dataclasses.replace(base, model=str(model), work="layer")
     write_batch(batch := options.work / "layer-1.npz", [16], vocabulary=VOCABULARY)
@@ -136,10 +192,10 @@ def layer(base: Candidate, options: argparse.Namespace) -> list[dict[str, Any]]:
         with Worker(candidate) as worker:
             worker.ready()
             worker.run(batch)
-            reply = worker.run(batch, repeats=options.repeats)
+            reply = worker.run(batch, repeats=min(options.repeats, LAYER_REPEATS))
         rows.append({"tokens": length, "seconds": reply["seconds"], "bytes": reply["peak_bytes"] - empty})
         tell(f"one local layer, {length:,} tokens: {statistics.median(reply['seconds']):.3f} s")
-    return rows
+    return {"rows": rows}
 
 
 # -- Measuring.
@@ -263,14 +319,19 @@ def as_markdown(report: dict[str, Any]) -> str:
     """The report as tables with hardware and versions below."""
     here = report["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    failed = {name: found["failed"] for name, found in report["results"].items() if "failed" in found}
+    found = {name: found for name, found in report["results"].items() if name not in failed}
+    steps = [one for one in found.values() if "mode" in one]
+    dates = sorted(one["date"] for one in report["results"].values())
     parts = [
-        step_table(report),
-        packed_table(report["packed"]) if report["packed"] else "",
-        layer_table(report["layer"]) if len(report["layer"]) > 2 else "",
+        step_table(report, sorted(steps, key=lambda one: (MODES.index(one["mode"]), one["tokens"]))) if steps else "",
+        packed_table(found["packed"]) if "packed" in found else "",
+        layer_table(found["layer"]["rows"]) if "layer" in found and len(found["layer"]["rows"]) > 2 else "",
+        "\n".join(f"{name}: failed: {why}" for name, why in failed.items()),
         f"{here['processor']}, {here['cores']} cores, {report['settings']['threads']} threads, load "
         f"{here['load_average']:.1f} at the start; ModernBERT-{report['settings']['preset']}, batch 1, fp32; forward, "
-        f"loss and backward, no optimizer; {report['date']}; {packages}. Ceiling (100 %): "
-        f"{report['ceiling_flops'] / 1e9:.0f} GFLOP/s. Faster: peer / ours, median and range of the pairs.",
+        f"loss and backward, no optimizer; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {packages}. Ceiling "
+        f"(100 %): {report['ceiling_flops'] / 1e9:.0f} GFLOP/s. Faster: peer / ours, median and range of the pairs.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -287,16 +348,16 @@ def ratio_text(peer: list[float], ours: list[float]) -> tuple[float, str]:
     return median, f"{median:.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def step_table(report: dict[str, Any]) -> str:
-    """Question 1."""
+def step_table(report: dict[str, Any], steps: list[dict[str, Any]]) -> str:
+    """The part `steps`."""
     headings = ["tokens", "mode", "candidate", "s: min / median / max", "tokens/s", "of ceiling", "peak", "faster"]
     rows = []
-    for step in report["steps"]:
+    for step in steps:
         tokens, peaks, seconds = step["tokens"], step["peak_bytes"], step["seconds"]
         names = list(seconds)
         for name, samples in seconds.items():
             middle = statistics.median(samples)
-            flops = report["flops"][tokens]
+            flops = step["flops"]
             faster = ratio_text(seconds[names[0]], samples)[1] if name != names[0] else ""
             rows.append(
                 [
@@ -335,7 +396,7 @@ def verdicts(report: dict[str, Any], step: dict[str, Any]) -> list[str]:
 
 
 def packed_table(found: dict[str, Any]) -> str:
-    """Question 2."""
+    """The part `packed`."""
     ours = next(name for name in found["seconds"] if name.endswith("packed"))
     rows = []
     for name, samples in found["seconds"].items():
@@ -363,7 +424,7 @@ def packed_table(found: dict[str, Any]) -> str:
 
 
 def layer_table(rows: list[dict[str, Any]]) -> str:
-    """Question 3."""
+    """The part `layer`."""
     lines = []
     for row in rows:
         seconds = statistics.median(row["seconds"])
@@ -399,8 +460,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line to options."""
 
     def numbers(text: str) -> list[int]:
-        if not text:
-            return []
         found = sorted({int(part) for part in text.split(",") if part.strip().isdecimal() and int(part) > 0})
         if len(found) != len(text.split(",")):
             raise argparse.ArgumentTypeError(f"must be distinct numbers of at least 1 between commas, not {text!r}")
@@ -411,24 +470,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
         return int(text)
 
-    def modes(text: str) -> list[str]:
-        if not set(text.split(",")) <= {"eager", "compiled"}:
-            raise argparse.ArgumentTypeError(f"must be eager, compiled or both with a comma, not {text!r}")
-        return text.split(",")
+    def some_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+        def read(text: str) -> list[str]:
+            if not text or not set(text.split(",")) <= set(names):
+                raise argparse.ArgumentTypeError(f"must be some of {', '.join(names)} between commas, not {text!r}")
+            return [name for name in names if name in text.split(",")]
+
+        return read
 
     work = Path(tempfile.gettempdir(), "modernbert-training-step")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=["base", "tiny"], default="base", help="default: base")
     add("--lengths", type=numbers, default=[512, 2048, 4096, 8192], metavar="N,...", help="default: 512,2048,4096,8192")
-    add("--modes", type=modes, default=["eager", "compiled"], metavar="MODE,...", help="default: eager,compiled")
-    add("--tokens", type=int, default=4096, metavar="N", help="of the packed batch; 0: leave it out (default: 4096)")
+    add("--parts", type=some_of(PARTS), default=PARTS, metavar="PART,...", help=f"default: {','.join(PARTS)}")
+    add("--modes", type=some_of(MODES), default=MODES, metavar="MODE,...", help=f"default: {','.join(MODES)}")
+    add("--tokens", type=positive, default=4096, metavar="N", help="of the packed batch (default: 4096)")
     add(
         "--layer-lengths",
         type=numbers,
         default=[1 << power for power in range(10, 16)],
         metavar="N,...",
-        help="of the one layer; '' leaves it out (default: 1024 to 32768)",
+        help="of the one layer (default: 1024 to 32768)",
     )
     add("--threads", type=positive, default=2, metavar="N", help="default: 2")
     add("--repeats", type=positive, default=5, metavar="N", help="rounds (default: 5)")
@@ -438,9 +501,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def now() -> str:
+    """The time, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def tell(message: str) -> None:
-    """Progress, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Progress, on standard error, with the time of day."""
+    print(f"{datetime.datetime.now():%H:%M:%S}  {message}", file=sys.stderr, flush=True)
 
 
 def complain(message: object, status: int) -> int:

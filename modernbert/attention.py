@@ -16,6 +16,7 @@ G shared keys per sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,53 @@ def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x_THK.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x_THK.dtype)
+
+
+def rotated(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated, values as they are, apart from the matrix that they are views of.
+
+    The backward pass of attention keeps all three. Were the values still a view, it would keep the queries and keys
+    from before their rotation too.
+    """
+    if not v_THK.requires_grad:
+        return rotate(q_THK, cos, sin), rotate(k_THK, cos, sin), v_THK
+    if torch.compiler.is_compiling():
+        return rotate(q_THK, cos, sin), rotate(k_THK, cos, sin), v_THK.contiguous()
+    x_3THK: Tensor = _Rotated.apply(q_THK, k_THK, v_THK, cos, sin)  # type: ignore[no-untyped-call]
+    return x_3THK[0], x_3THK[1], x_3THK[2]
+
+
+class _Rotated(torch.autograd.Function):
+    """q, k, v to one new tensor [3, T, H, K] without temporaries; its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        x_3THK = torch.empty(3, *q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
+        _turn(q_THK, cos, sin, x_3THK[0])
+        _turn(k_THK, cos, sin, x_3THK[1])
+        x_3THK[2].copy_(v_THK)
+        return x_3THK
+
+    @staticmethod
+    def backward(ctx: Any, grad_3THK: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        back_3THK = torch.empty_like(grad_3THK)
+        _turn(grad_3THK[0], cos, -sin, back_3THK[0])
+        _turn(grad_3THK[1], cos, -sin, back_3THK[1])
+        back_3THK[2].copy_(grad_3THK[2])
+        return back_3THK[0], back_3THK[1], back_3THK[2], None, None
+
+
+def _turn(x_THK: Tensor, cos: Tensor, sin: Tensor, out_THK: Tensor) -> None:
+    """`rotate` into `out`, in the tables' precision."""
+    first, second = x_THK.to(cos.dtype).chunk(2, dim=-1)
+    exact_THK = out_THK if out_THK.dtype == cos.dtype else torch.empty_like(out_THK, dtype=cos.dtype)
+    new_first, new_second = exact_THK.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    if exact_THK is not out_THK:
+        out_THK.copy_(exact_THK)
 
 
 def eager(
@@ -254,7 +302,8 @@ def _attend_groups(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
 
-    return torch.cat([attend(*group) for group in zip(q, k, v, strict=True) if group[0].shape[1]])
+    results = [attend(*group) for group in zip(q, k, v, strict=True) if group[0].shape[1]]
+    return results[0] if len(results) == 1 else torch.cat(results)  # cat copies, and the backward pass would keep both
 
 
 BACKENDS: Mapping[str, AttentionBackend] = {

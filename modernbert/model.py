@@ -31,11 +31,12 @@ from transformers.initialization import ones_, trunc_normal_, zeros_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from modernbert.attention import BACKENDS, PLANS, ROWS, rotary_tables, rotate
+from modernbert.attention import BACKENDS, PLANS, ROWS, rotary_tables, rotated
 from modernbert.config import LayerType, ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.global_tokens import attend_with_globals
 from modernbert.packing import Packing, uncompiled
+from modernbert.recompute import keep_input
 
 logger = logging.getLogger(__name__)
 
@@ -294,9 +295,7 @@ class ModernBertModel(ModernBertPreTrainedModel):
                     backend=backend,
                     rows=ROWS[self.attention],
                 )
-            return backend(
-                rotate(q, *tables[layer_type]), rotate(k, *tables[layer_type]), v, packing, radius, dropout, None
-            )
+            return backend(*rotated(q, k, v, *tables[layer_type]), packing, radius, dropout, None)
 
         return attend
 
@@ -352,8 +351,8 @@ class ModernBertLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """[..., D] -> [..., D]."""
-        x = x + self.attn(self.attn_norm(x), attend)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(x, self.attn_norm, attend)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class ModernBertAttention(nn.Module):
@@ -368,9 +367,10 @@ class ModernBertAttention(nn.Module):
         self.Wo = linear(hidden, hidden, bias=bias, std=_narrow_std(config))
         self.out_drop = nn.Dropout(config.attention_dropout)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """[..., D] -> [..., D]."""
-        q, k, v = (part.unflatten(-1, self.heads_shape) for part in self.Wqkv(x).chunk(3, dim=-1))
+    def forward(self, x: Tensor, norm: nn.Module, attend: Attend) -> Tensor:
+        """[..., D], and the norm that comes before -> [..., D]."""
+        qkv = keep_input(lambda x: self.Wqkv(norm(x)), x)
+        q, k, v = (part.unflatten(-1, self.heads_shape) for part in qkv.chunk(3, dim=-1))
         y = attend(q, k, v, self.layer_type)
         return self.out_drop(self.Wo(y.flatten(-2)))
 
@@ -386,10 +386,15 @@ class ModernBertMLP(nn.Module):
         self.drop = nn.Dropout(config.mlp_dropout)
         self.Wo = linear(inner, hidden, bias=bias, std=_narrow_std(config))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        value, gate = self.Wi(x).chunk(2, dim=-1)
-        return self.Wo(self.drop(self.act(value) * gate))
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """[..., D], and the norm that comes before -> [..., D]."""
+        both = keep_input(lambda x: self.Wi(norm(x)), x)
+        return keep_input(lambda both: self.Wo(self._gated(both)), both, random=self.training and self.drop.p > 0)
+
+    def _gated(self, both: Tensor) -> Tensor:
+        """[..., 2 I] -> [..., I]."""
+        value, gate = both.chunk(2, dim=-1)
+        return self.drop(self.act(value) * gate)
 
 
 def load_model(model: str | os.PathLike[str]) -> ModernBertModel:
