@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 import modernbert_runtime
 def packages():
-    return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+    return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"}
 imported, asyncio = packages(), "asyncio" in sys.modules
 with modernbert_runtime.Embedder.load(sys.argv[1], engine="onnxruntime") as embedder:
     embedder.embed(["a b", "c"])
