@@ -121,6 +121,4 @@ def open_bundle(
 
 
 def _tokenizer(bundle: Bundle, truncation: Truncation) -> TextTokenizer:
-    return TextTokenizer(
-        bundle.path_of("tokenizer.json"), max_length=bundle.manifest.max_length, truncation=truncation
-    )
+    return TextTokenizer(bundle.path_of("tokenizer.json"), max_length=bundle.manifest.max_length, truncation=truncation)

@@ -236,9 +236,7 @@ def _rows(
         share = needed[0] + max(left - sum(needed), 0) / len(needed)
         texts = [writer.text(length, seed) for seed in range(batch)]
         found[shape] = [
-            Measurement(
-                candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops[shape]
-            )
+            Measurement(candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops[shape])
             for name, (times, peak) in _row(workers, texts, share).items()
         ]
         pace = sum(row.percentile(50) for row in found[shape]) / flops[shape]
