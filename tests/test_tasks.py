@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import transformers
 from conftest import SPECIAL_TOKENS, TINY, WORDS, randomise
@@ -34,6 +35,7 @@ from modernbert_runtime import (
 )
 from modernbert_runtime import InputError as RuntimeInputError
 from modernbert_runtime.manifest import MANIFEST_NAME, Manifest
+from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 # Two layers, one of each kind, and few positions: the grid is short then, and the trace quick.
 SIZES = {**TINY, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
@@ -384,6 +386,32 @@ def test_fill_mask_equals_transformers(made: Callable[[str], Path]) -> None:
             np.testing.assert_allclose([f.score for f in mine], [f["score"] for f in other], **FP32)
 
 
+def test_logits_are_computed_for_gaps_alone(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["[MASK] a", "b [MASK] c [MASK] d e", "[MASK]"]
+    shapes = []
+    compute = OnnxRuntimeEngine._compute
+
+    def watched(*args: Any) -> Any:
+        result = compute(*args)
+        shapes.append(result.shape)
+        return result
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_compute", watched)
+    with FillMask.load(made("fill-mask"), engine="onnxruntime") as fill:
+        fill.fill(texts)
+    assert shapes == [(1, 4, SIZES["vocab_size"])]
+    # Whoever does not know of it feeds two inputs, and gets what transformers.js and optimum read.
+    session = onnxruntime.InferenceSession(made("fill-mask") / "onnx/model.onnx")
+    assert {value.name for value in session.get_inputs()} == {"input_ids", "attention_mask"}
+    ids = np.arange(10, 16).reshape(2, 3)
+    (every,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    assert every.shape == (2, 3, SIZES["vocab_size"])
+    (one,) = session.run(
+        ["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), "only_token": np.array(ids[1, 2])}
+    )
+    np.testing.assert_allclose(one, every[1:, 2:], atol=1e-6)
+
+
 def test_fill_mask_batches_leave_room_for_the_vocabulary(
     made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +419,8 @@ def test_fill_mask_batches_leave_room_for_the_vocabulary(
     with FillMask.load(made("fill-mask")) as fill:
         want = fill.fill(texts)
         assert fill.stats().batches == 1
+    # A graph that gives logits for every token.
+    monkeypatch.setattr(OnnxRuntimeEngine, "give_logits_only_of", lambda *_: False)
     monkeypatch.setattr("modernbert_runtime.fill_mask._MOST_BYTES", 4 * len(WORDS) * 16)
     with FillMask.load(made("fill-mask")) as fill:
         got = fill.fill(texts)
