@@ -1,9 +1,10 @@
 """Heads: exported with their graph, opened by stock transformers, and run without torch with its pipelines' results."""
 
+import asyncio
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from modernbert_export.verify import verify_bundle
 from modernbert_runtime import (
     BundleError,
     Embedder,
+    EngineError,
     FillMask,
+    Overloaded,
     Reranker,
     TextClassifier,
     TextTooLong,
@@ -370,6 +373,38 @@ def test_first_labels_whole_words(made: Callable[[str], Path]) -> None:
         inside = [e for start, e in firsts.items() if entity.start <= start < entity.end]
         assert {e.label.removeprefix("B-").removeprefix("I-") for e in inside} == {entity.label}
         assert entity.score == pytest.approx(np.mean([e.score for e in inside]), abs=1e-6)
+
+
+def test_awaited_scores_share_batches_and_equal_the_others(made: Callable[[str], Path], one_label: Path) -> None:
+    async def each(run: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
+        return await asyncio.gather(*(run([item]) for item in inputs))
+
+    with TextClassifier.load(made("text-classification"), threads=1) as classifier:
+        wanted, wanted_pairs = classifier.scores(TEXTS), classifier.pair_scores(PAIRS)
+        before = classifier.stats()
+        found = asyncio.run(each(classifier.ascores, TEXTS * 8))
+        assert classifier.stats().texts - before.texts == 8 * len(TEXTS)
+        assert classifier.stats().batches - before.batches < 8 * len(TEXTS)
+        np.testing.assert_allclose(np.concatenate(found), np.tile(wanted, (8, 1)), **FP32)
+        found = asyncio.run(each(classifier.apair_scores, PAIRS))
+        np.testing.assert_allclose(np.concatenate(found), wanted_pairs, **FP32)
+        (labels,) = asyncio.run(classifier.aclassify(TEXTS[:1]))
+        assert [label.label for label in labels] == [label.label for label in classifier.classify(TEXTS[:1])[0]]
+        (labels,) = asyncio.run(classifier.aclassify_pairs(PAIRS[:1]))
+        assert [label.label for label in labels] == [label.label for label in classifier.classify_pairs(PAIRS[:1])[0]]
+        with pytest.raises(RuntimeInputError, match=r"texts\[0\] must be str"):
+            asyncio.run(classifier.ascores([7]))  # type: ignore[list-item]
+    with pytest.raises(EngineError, match="closed: load"):
+        asyncio.run(classifier.ascores(TEXTS))
+    with Reranker.load(one_label, threads=1, max_waiting_tokens=20) as reranker:
+        wanted_ranks = reranker.rank("a b", TEXTS[:3], top_k=2)
+        ranks = asyncio.run(reranker.arank("a b", TEXTS[:3], top_k=2))
+        assert [(rank.index, rank.document) for rank in ranks] == [(r.index, r.document) for r in wanted_ranks]
+        np.testing.assert_allclose([rank.score for rank in ranks], [rank.score for rank in wanted_ranks], **FP32)
+        with pytest.raises(Overloaded, match="max_waiting_tokens is 20"):
+            asyncio.run(reranker.ascore([("a b c d", "e f g h")] * 3))
+    with pytest.raises(RuntimeInputError, match="max_waiting_tokens must be at least 1, not 0"):
+        Reranker.load(one_label, max_waiting_tokens=0)
 
 
 def test_fill_mask_equals_transformers(made: Callable[[str], Path]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class FillMask(TaskModel):
 
     task = "fill-mask"
 
-    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS, **options: Any) -> None:
         self.mask_token = _mask_token(opened.bundle)
         mask_id = opened.tokenizer.token_id(self.mask_token)
         if mask_id is None:
@@ -51,7 +51,7 @@ class FillMask(TaskModel):
         self._gaps_only = isinstance(engine, OnnxRuntimeEngine) and engine.give_logits_only_of(mask_id)
         if not self._gaps_only:
             batch_tokens = min(batch_tokens, _MOST_BYTES // (4 * opened.tokenizer.vocab_size))
-        super().__init__(opened, batch_tokens=batch_tokens)
+        super().__init__(opened, batch_tokens=batch_tokens, **options)
 
     def fill(self, texts: Sequence[str], *, top_k: int = 5, progress: bool = False) -> list[list[list[MaskFill]]]:
         """For each text and each of its gaps, in order, the likeliest tokens, the best first.
