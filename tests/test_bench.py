@@ -16,11 +16,10 @@ from tokenizers import Tokenizer
 
 from modernbert.cli.bench_peers import peer_candidates
 from modernbert_runtime import BundleError, EngineError, InputError
-from modernbert_runtime.bench import bench
 from modernbert_runtime.bench.candidates import Candidate, own_candidates
 from modernbert_runtime.bench.page import as_html
 from modernbert_runtime.bench.report import Measurement, Report, model_flops
-from modernbert_runtime.bench.run import TextsOfLength
+from modernbert_runtime.bench.run import TextsOfLength, bench
 from modernbert_runtime.bundle import Bundle
 
 QUICK = dict(lengths=(8, 40), batches=(1, 4), batch_length=12, seconds=0.2, threads=1)
@@ -66,6 +65,17 @@ def test_every_row_of_every_candidate(bundle: Path, tmp_path: Path) -> None:
         assert row.flops == row.batch * model_flops(row.tokens, TINY)
     assert report.matrix_rate > 1e8
     assert json.loads(report.to_json())["latency"][0]["seconds"] == list(report.latency[0].seconds)
+
+
+def test_time_that_is_up_skips_what_nobody_asked_for(bundle: Path) -> None:
+    report = bench(bundle, seconds=0, threads=1)
+    assert {(row.tokens, row.batch) for row in [*report.latency, *report.throughput]} == {(16, 1)}
+    assert list(report.skipped) == [f"{n} tokens" for n in ("1 x 128", "1 x 512", "1 x 520", "8 x 128", "32 x 128")]
+    report = bench(bundle, seconds=0, threads=1, lengths=(30, 12), batches=(2,))
+    assert {(row.tokens, row.batch) for row in report.latency} == {(12, 1), (30, 1)}
+    assert {(row.tokens, row.batch) for row in report.throughput} == {(128, 2)}
+    assert {len(row.seconds) for row in [*report.latency, *report.throughput]} == {1}
+    assert not report.skipped
 
 
 def test_other_vectors_are_not_timed(bundle: Path, tmp_path: Path) -> None:

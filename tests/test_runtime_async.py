@@ -611,7 +611,7 @@ def test_closing_answers_everybody_and_ends_the_threads(root: Path, close: str) 
                     await task
             assert not closing.done()
             assert not held.engine.closed
-            with pytest.raises(EngineError, match="the embedder is closed: load"):
+            with pytest.raises(EngineError, match="closed: load"):
                 await held.ask("a")
             held.engine.gate.set()
             await closing

@@ -1,9 +1,10 @@
 """Heads: exported with their graph, opened by stock transformers, and run without torch with its pipelines' results."""
 
+import asyncio
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import transformers
 from conftest import SPECIAL_TOKENS, TINY, WORDS, randomise
@@ -29,7 +31,9 @@ from modernbert_export.verify import verify_bundle
 from modernbert_runtime import (
     BundleError,
     Embedder,
+    EngineError,
     FillMask,
+    Overloaded,
     Reranker,
     TextClassifier,
     TextTooLong,
@@ -37,6 +41,7 @@ from modernbert_runtime import (
 )
 from modernbert_runtime import InputError as RuntimeInputError
 from modernbert_runtime.manifest import MANIFEST_NAME, Manifest
+from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine
 
 # Two layers, one of each kind, and few positions: the grid is short then, and the trace quick.
 SIZES = {**TINY, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
@@ -410,6 +415,38 @@ def test_first_labels_whole_words(made: Callable[[str], Path]) -> None:
         assert entity.score == pytest.approx(np.mean([e.score for e in inside]), abs=1e-6)
 
 
+def test_awaited_scores_share_batches_and_equal_the_others(made: Callable[[str], Path], one_label: Path) -> None:
+    async def each(run: Callable[..., Any], inputs: Sequence[Any]) -> list[Any]:
+        return await asyncio.gather(*(run([item]) for item in inputs))
+
+    with TextClassifier.load(made("text-classification"), threads=1) as classifier:
+        wanted, wanted_pairs = classifier.scores(TEXTS), classifier.pair_scores(PAIRS)
+        before = classifier.stats()
+        found = asyncio.run(each(classifier.ascores, TEXTS * 8))
+        assert classifier.stats().texts - before.texts == 8 * len(TEXTS)
+        assert classifier.stats().batches - before.batches < 8 * len(TEXTS)
+        np.testing.assert_allclose(np.concatenate(found), np.tile(wanted, (8, 1)), **FP32)
+        found = asyncio.run(each(classifier.apair_scores, PAIRS))
+        np.testing.assert_allclose(np.concatenate(found), wanted_pairs, **FP32)
+        (labels,) = asyncio.run(classifier.aclassify(TEXTS[:1]))
+        assert [label.label for label in labels] == [label.label for label in classifier.classify(TEXTS[:1])[0]]
+        (labels,) = asyncio.run(classifier.aclassify_pairs(PAIRS[:1]))
+        assert [label.label for label in labels] == [label.label for label in classifier.classify_pairs(PAIRS[:1])[0]]
+        with pytest.raises(RuntimeInputError, match=r"texts\[0\] must be str"):
+            asyncio.run(classifier.ascores([7]))  # type: ignore[list-item]
+    with pytest.raises(EngineError, match="closed: load"):
+        asyncio.run(classifier.ascores(TEXTS))
+    with Reranker.load(one_label, threads=1, max_waiting_tokens=20) as reranker:
+        wanted_ranks = reranker.rank("a b", TEXTS[:3], top_k=2)
+        ranks = asyncio.run(reranker.arank("a b", TEXTS[:3], top_k=2))
+        assert [(rank.index, rank.document) for rank in ranks] == [(r.index, r.document) for r in wanted_ranks]
+        np.testing.assert_allclose([rank.score for rank in ranks], [rank.score for rank in wanted_ranks], **FP32)
+        with pytest.raises(Overloaded, match="max_waiting_tokens is 20"):
+            asyncio.run(reranker.ascore([("a b c d", "e f g h")] * 3))
+    with pytest.raises(RuntimeInputError, match="max_waiting_tokens must be at least 1, not 0"):
+        Reranker.load(one_label, max_waiting_tokens=0)
+
+
 def test_fill_mask_equals_transformers(made: Callable[[str], Path]) -> None:
     root = made("fill-mask")
     theirs = pipeline("fill-mask", root, top_k=4)
@@ -424,6 +461,32 @@ def test_fill_mask_equals_transformers(made: Callable[[str], Path]) -> None:
             np.testing.assert_allclose([f.score for f in mine], [f["score"] for f in other], **FP32)
 
 
+def test_logits_are_computed_for_gaps_alone(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["[MASK] a", "b [MASK] c [MASK] d e", "[MASK]"]
+    shapes = []
+    compute = OnnxRuntimeEngine._compute
+
+    def watched(*args: Any) -> Any:
+        result = compute(*args)
+        shapes.append(result.shape)
+        return result
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_compute", watched)
+    with FillMask.load(made("fill-mask"), engine="onnxruntime") as fill:
+        fill.fill(texts)
+    assert shapes == [(1, 4, SIZES["vocab_size"])]
+    # Whoever does not know of it feeds two inputs, and gets what transformers.js and optimum read.
+    session = onnxruntime.InferenceSession(made("fill-mask") / "onnx/model.onnx")
+    assert {value.name for value in session.get_inputs()} == {"input_ids", "attention_mask"}
+    ids = np.arange(10, 16).reshape(2, 3)
+    (every,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    assert every.shape == (2, 3, SIZES["vocab_size"])
+    (one,) = session.run(
+        ["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids), "only_token": np.array(ids[1, 2])}
+    )
+    np.testing.assert_allclose(one, every[1:, 2:], atol=1e-6)
+
+
 def test_fill_mask_batches_leave_room_for_the_vocabulary(
     made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,6 +494,8 @@ def test_fill_mask_batches_leave_room_for_the_vocabulary(
     with FillMask.load(made("fill-mask")) as fill:
         want = fill.fill(texts)
         assert fill.stats().batches == 1
+    # A graph that gives logits for every token.
+    monkeypatch.setattr(OnnxRuntimeEngine, "give_logits_only_of", lambda *_: False)
     monkeypatch.setattr("modernbert_runtime.fill_mask._MOST_BYTES", 4 * len(WORDS) * 16)
     with FillMask.load(made("fill-mask")) as fill:
         got = fill.fill(texts)

@@ -18,6 +18,7 @@ import torch
 from modernbert.errors import ParityError
 from modernbert_export.lower import lower
 from modernbert_export.on_text import Fidelity, OnText
+from modernbert_export.only_token import add_only_token, has_only_token
 from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, Rows, smooth, weight_errors
 from modernbert_export.precision.half import to_half
@@ -131,6 +132,8 @@ class Builder:
         for variant in variants:
             self.progress(f"lowering {variant.precision} to {variant.target} ONNX")
             graph = lower(traced.clone(), variant.target)
+            if has_only_token(self.source.task, variant.target):
+                add_only_token(graph)
             file = folder / variant.file
             if weights is None:
                 ir.save(graph, file)

@@ -25,6 +25,7 @@ from modernbert_export.bundle import hash_files, write_model_files
 from modernbert_export.contents import Contents, read_contents
 from modernbert_export.lower import TargetForm
 from modernbert_export.on_text import OnText
+from modernbert_export.only_token import ONLY_TOKEN
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
@@ -248,11 +249,12 @@ def check_saved(file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str
         ParityError: the file is not what was meant.
     """
     proto = onnx.load(file, load_external_data=False)
+    # An input that has a default is none that must be given.
+    values = [value for value in (*proto.graph.input, *proto.graph.output) if value.name != ONLY_TOKEN]
     axes = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*proto.graph.input, *proto.graph.output)
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
     }
-    types = {value.name: value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
     wanted: dict[str, list[str | int]] = {name: ["batch", "sequence"] for name in INPUTS}
     if outputs is None:
         hidden = axes[OUTPUTS[0]][-1]

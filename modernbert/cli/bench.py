@@ -13,18 +13,20 @@ from modernbert.cli.common import BundleArgument, console, progress
 from modernbert.errors import InputError
 
 if TYPE_CHECKING:
-    from modernbert_runtime.bench import Report
+    from modernbert_runtime.bench.report import Report
 
 
 def bench(
     bundle: BundleArgument,
     lengths: Annotated[
-        str | None, typer.Option(help="Tokens of a text, for latency; default: 16,128,512,2048 or what fits.")
+        str | None, typer.Option(help="Tokens of a text, for latency; default: 16,128,512,2048 or what fits in.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Texts of a call, for throughput.")] = "1,8,32",
+    batch: Annotated[
+        str | None, typer.Option(help="Texts of a call, for throughput; default: 1,8,32 or what fits in.")
+    ] = None,
     batch_length: Annotated[int | None, typer.Option(help="Tokens of each of these texts; default: 128.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of each candidate; default: its own choice.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time to spend on rounds, about.")] = 45.0,
+    seconds: Annotated[float, typer.Option(help="Time for everything, about.")] = 55.0,
     against: Annotated[
         str, typer.Option(help="Other tools on the same model: sentence-transformers, transformers, or both.")
     ] = "",
@@ -33,8 +35,8 @@ def bench(
 ) -> None:
     """Measure every engine and precision that runs here: exit 1 when the vectors of one are not those of the others."""
     from modernbert.cli.bench_peers import peer_candidates
-    from modernbert_runtime.bench import bench as run
     from modernbert_runtime.bench.page import as_html
+    from modernbert_runtime.bench.run import bench as run
 
     if html is not None:
         _check_page(html)
@@ -43,7 +45,7 @@ def bench(
         report = run(
             bundle,
             lengths=None if lengths is None else _numbers("lengths", lengths),
-            batches=_numbers("batch", batch),
+            batches=None if batch is None else _numbers("batch", batch),
             batch_length=batch_length,
             threads=threads,
             seconds=seconds,
@@ -84,11 +86,13 @@ def _print_tables(report: Report) -> None:
         out.print(table)
     for name, seconds in report.load_seconds.items():
         cosine = f", lowest cosine {report.cosines[name]:.6f}" if name in report.cosines else ""
-        out.print(f"{name}: first vector {seconds:.2f} s after its process began{cosine}", highlight=False)
+        out.print(f"{name}: cold start {seconds:.2f} s, from its process to the first vector{cosine}", highlight=False)
     for name, why in report.disagreeing.items():
         out.print(f"[red]{name}: not timed: {why}", highlight=False)
     for name, why in report.absent.items():
         out.print(f"{name}: not run: {why}", highlight=False)
+    for name, why in report.skipped.items():
+        out.print(f"{name}: skipped: {why}", highlight=False)
     out.print(text.caption(report), highlight=False)
     if report.machine["load_average"] > 0.3:
         console.print(

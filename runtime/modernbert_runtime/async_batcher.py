@@ -30,6 +30,8 @@ T = TypeVar("T")
 PATIENCE = 8
 # Batches' worth of tokens, from the front of the queue, among which texts of similar length are sought.
 LOOKAHEAD = 4
+# Tokens that wait unless the caller says otherwise: minutes of work for a CPU.
+MAX_WAITING_TOKENS = 262_144
 
 
 class Request:
@@ -152,7 +154,7 @@ class TokenQueue:
 
 
 class AsyncBatcher:
-    """Embeds for any number of tasks, event loops and threads: all share the batches, each is answered on its own loop.
+    """Runs a model for any number of tasks, event loops and threads: all share batches, each is answered on its loop.
 
     One thread tokenizes and one runs the engine, so no event loop is ever blocked; both start with the first request
     and end with `close` or with the object. A request is counted against `max_waiting_tokens` once it is tokenized.
@@ -198,7 +200,7 @@ class AsyncBatcher:
         finish: Callable[[NDArray[np.float32]], NDArray[Any]] = lambda vectors: vectors,
         timeout: float | None = None,
     ) -> NDArray[Any]:
-        """Embed what `tokenize` returns: what `finish` makes of [n, dimension]. For errors see `Embedder.aembed`."""
+        """What `finish` makes of the rows [n, dimension] of what `tokenize` returns; errors as `Embedder.aembed`."""
         end = None if timeout is None else time.monotonic() + timeout
 
         def tokenize_if_open() -> list[TokenizedText]:
@@ -231,13 +233,13 @@ class AsyncBatcher:
             self._closed = True
             requests = self._queue.withdraw_all()
         for request in requests:
-            request.fail(EngineError("the embedder was closed before this request was done: load the bundle again"))
+            request.fail(EngineError("closed before this request was done: load the bundle again"))
         self._tokenizer_thread.shutdown()
         self._engine_thread.shutdown()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineError("the embedder is closed: load the bundle again")
+            raise EngineError("closed: load the bundle again")
 
     def _admit(self, request: Request) -> None:
         with self._lock:

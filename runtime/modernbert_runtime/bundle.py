@@ -5,11 +5,14 @@ does not list, that lies outside the directory, or whose hash differs. Hashes sh
 prove who wrote a bundle, for the manifest is not signed.
 """
 
+import contextlib
 import json
 import mmap
 import re
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from modernbert_runtime.errors import BundleError, one_line
@@ -26,6 +29,7 @@ class Bundle:
     root: Path
     manifest: Manifest
     verify_hashes: bool
+    _later: Callable[[str], None] | None = field(default=None, repr=False)  # takes the check of a weights file
 
     @classmethod
     def open(cls, path: str | Path, *, verify_hashes: bool = True) -> "Bundle":
@@ -55,6 +59,31 @@ class Bundle:
         Raises:
             BundleError: not listed, missing, outside the bundle (a symlink), or changed since the export.
         """
+        path = self._existing(name)
+        self._check_hash(name)
+        return path
+
+    @contextlib.contextmanager
+    def weights_checked_meanwhile(self) -> Iterator["Bundle"]:
+        """This bundle, whose weights files are hashed in a thread while the block loads them, which halves the wait.
+
+        Files that are parsed are checked before their path is handed out, as ever; weights beside a model are numbers.
+        The block's end waits for the checks, and whatever was loaded is to be used only after it.
+
+        Raises:
+            BundleError: at the end, a file has changed since the export; also in place of what the block raised, for
+                then that is the cause.
+        """
+        checks: list[Future[None]] = []
+        with ThreadPoolExecutor(1, "modernbert-hash") as pool:
+            try:
+                yield replace(self, _later=lambda name: checks.append(pool.submit(self._check_hash, name)))
+            finally:
+                for check in checks:
+                    check.result()
+
+    def _existing(self, name: str) -> Path:
+        """`path_of` without the hash."""
         if name not in self.manifest.files:
             raise BundleError(f"bundle: {reprlib.repr(name)} is not listed in {MANIFEST_NAME}: export the bundle again")
         try:
@@ -67,15 +96,23 @@ class Bundle:
                 )
             if not path.is_file():
                 raise BundleError(f"bundle: {name!r} is not a file: export or copy the bundle again")
-            if self.verify_hashes and sha256_file(path) != self.manifest.files[name]:
-                raise BundleError(
-                    f"bundle: {name!r} is not the file that was exported (sha256 differs): export or copy it again"
-                )
         except FileNotFoundError as error:
             raise BundleError(f"bundle: {name!r} is missing: export or copy the bundle again") from error
         except (OSError, RuntimeError) as error:
             raise BundleError(f"bundle: cannot read {name!r} ({one_line(error)})") from error
         return path
+
+    def _check_hash(self, name: str) -> None:
+        if not self.verify_hashes:
+            return
+        try:
+            found = sha256_file(self.root / name)
+        except OSError as error:
+            raise BundleError(f"bundle: cannot read {name!r} ({one_line(error)})") from error
+        if found != self.manifest.files[name]:
+            raise BundleError(
+                f"bundle: {name!r} is not the file that was exported (sha256 differs): export or copy it again"
+            )
 
     def artifact(self, *, target: str | None = None, precision: str | None = None) -> Artifact:
         """The first artifact of the manifest with this target and this precision; None accepts any.
@@ -101,7 +138,8 @@ class Bundle:
         path = self.path_of(artifact.file)
         declared = set()
         if artifact.data_file is not None:
-            self.path_of(artifact.data_file)
+            self._existing(artifact.data_file)
+            (self._later or self._check_hash)(artifact.data_file)
             declared = {PurePosixPath(artifact.data_file).name.encode()}
         if undeclared := _external_locations(path) - declared:
             raise BundleError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from modernbert_runtime.async_batcher import AsyncBatcher
+from modernbert_runtime.async_batcher import MAX_WAITING_TOKENS, AsyncBatcher
 from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
 from modernbert_runtime.engine import Engine
@@ -49,7 +49,7 @@ class Embedder:
         *,
         pad_id: int = 0,
         batch_tokens: int = BATCH_TOKENS,
-        max_waiting_tokens: int = 262_144,
+        max_waiting_tokens: int = MAX_WAITING_TOKENS,
         memory: MemoryBudget | None = None,
     ) -> None:
         if max_waiting_tokens < 1:
@@ -81,7 +81,7 @@ class Embedder:
         truncation: Truncation = "right",
         batch_tokens: int = BATCH_TOKENS,
         max_memory: int | str | None = None,
-        max_waiting_tokens: int = 262_144,
+        max_waiting_tokens: int = MAX_WAITING_TOKENS,
         engine_options: Mapping[str, str] | None = None,
         verify_hashes: bool = True,
     ) -> "Embedder":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,11 +10,12 @@ from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import BundleError, InputError
 from modernbert_runtime.loading import OpenedBundle
+from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine
 from modernbert_runtime.task_model import TaskModel, check_top_k, softmax
 
-# The graph gives logits of the whole vocabulary for every token, for that is what transformers.js and optimum read:
-# 200 kB a token with ModernBERT's own vocabulary. Batches are cut so that those of one take at most this, unless a text
-# alone takes more; ONNX Runtime holds them twice, before and after the bias.
+# Engines other than ONNX Runtime, and graphs without the input `only_token`, give logits of the whole vocabulary for
+# every token: 200 kB with ModernBERT's own vocabulary. Batches are then cut so that those of one take at most this,
+# unless a text alone takes more.
 _MOST_BYTES = 256 << 20
 _SPECIAL_TOKENS = "special_tokens_map.json"
 
@@ -30,8 +31,9 @@ class MaskFill(NamedTuple):
 class FillMask(TaskModel):
     """Fills gaps with a bundle of `modernbert export --task fill-mask`.
 
-    A gap is written as `mask_token`. Logits are computed for every token: with ModernBERT's own vocabulary a text of
-    8,192 tokens takes 3.3 GB for them, one of 512 takes 0.2 GB; `max_memory` refuses what would not fit.
+    A gap is written as `mask_token`. With ONNX Runtime logits are computed for the gaps alone. OpenVINO and graphs of
+    exports before 0.2 compute them for every token: with ModernBERT's own vocabulary a text of 8,192 tokens takes
+    3.3 GB for them, one of 512 takes 0.2 GB.
 
     Raises:
         BundleError: the bundle does not say what its mask token is.
@@ -39,13 +41,17 @@ class FillMask(TaskModel):
 
     task = "fill-mask"
 
-    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS, **options: Any) -> None:
         self.mask_token = _mask_token(opened.bundle)
         mask_id = opened.tokenizer.token_id(self.mask_token)
         if mask_id is None:
             raise BundleError(f"mask_token {self.mask_token!r} is no token of tokenizer.json: export the bundle again")
         self._mask_id = mask_id
-        super().__init__(opened, batch_tokens=min(batch_tokens, _MOST_BYTES // (4 * opened.tokenizer.vocab_size)))
+        engine = opened.engine
+        self._gaps_only = isinstance(engine, OnnxRuntimeEngine) and engine.give_logits_only_of(mask_id)
+        if not self._gaps_only:
+            batch_tokens = min(batch_tokens, _MOST_BYTES // (4 * opened.tokenizer.vocab_size))
+        super().__init__(opened, batch_tokens=batch_tokens, **options)
 
     def fill(self, texts: Sequence[str], *, top_k: int = 5, progress: bool = False) -> list[list[list[MaskFill]]]:
         """For each text and each of its gaps, in order, the likeliest tokens, the best first.
@@ -69,7 +75,7 @@ class FillMask(TaskModel):
                 cut = " left: truncation dropped it" if self.mask_token in texts[index] else ""
                 raise InputError(f"texts[{index}] has no {self.mask_token}{cut}: write it where a token is missing")
         filled = {}
-        for index, logits in self._pipeline.rows_at(tokens, positions, progress=progress):
+        for index, logits in self._pipeline.rows_at(tokens, positions, progress=progress, picked=self._gaps_only):
             scores = softmax(logits)
             best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
             filled[index] = [

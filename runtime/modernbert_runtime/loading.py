@@ -5,6 +5,7 @@ What every class that callers load has in common; none of them opens a bundle by
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,18 +83,20 @@ def open_bundle(
             f"task must be {task}, and this bundle is for {manifest.task}: load it with {TAKEN_BY[manifest.task]}; or "
             f"export with --task {task}"
         )
-    tokenizer = TextTokenizer(bundle.path_of("tokenizer.json"), max_length=manifest.max_length, truncation=truncation)
     before = resident_bytes() if limit is not None else 0
-    opened = open_engine(
-        bundle,
-        output=output,
-        engine=engine,
-        precision=precision,
-        providers=providers,
-        threads=threads,
-        bounded_memory=limit is not None,
-        options=engine_options,
-    )
+    with bundle.weights_checked_meanwhile() as checking, ThreadPoolExecutor(1, "modernbert-load") as pool:
+        tokenizing = pool.submit(_tokenizer, bundle, truncation)
+        opened = open_engine(
+            checking,
+            output=output,
+            engine=engine,
+            precision=precision,
+            providers=providers,
+            threads=threads,
+            bounded_memory=limit is not None,
+            options=engine_options,
+        )
+    tokenizer = tokenizing.result()
     artifact = opened.artifact
     memory = None
     if limit is not None:
@@ -115,3 +118,7 @@ def open_bundle(
         f", {in_gb(memory.room)} for a batch, texts of up to {memory.max_length} tokens" if memory else "",
     )
     return OpenedBundle(bundle=bundle, tokenizer=tokenizer, engine=opened.engine, pad_id=bundle.pad_id(), memory=memory)
+
+
+def _tokenizer(bundle: Bundle, truncation: Truncation) -> TextTokenizer:
+    return TextTokenizer(bundle.path_of("tokenizer.json"), max_length=bundle.manifest.max_length, truncation=truncation)

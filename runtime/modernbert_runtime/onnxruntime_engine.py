@@ -18,6 +18,8 @@ from modernbert_runtime.spikes import Spikes
 
 # Where each provider wants inputs to lie. Others get NumPy arrays and copy for themselves.
 _DEVICES = {CUDA: "cuda", TENSORRT: "cuda"}
+# The input of fill-mask graphs that has a default.
+_ONLY_TOKEN = "only_token"  # noqa: S105 - no password
 
 
 class OnnxRuntimeEngine:
@@ -85,6 +87,8 @@ class OnnxRuntimeEngine:
                 f"{', '.join(sorted(inputs))} and give {', '.join(self._outputs)}: export it again for this task"
             )
         self._session: Any = session
+        self._optional = {value.name for value in session.get_overridable_initializers()}
+        self._constants: dict[str, NDArray[np.int64]] = {}  # fed in every run
         self._device = _DEVICES.get(providers[0])
         # The arena reuses memory from run to run, and keeps all that it ever took unless told to let go.
         self._shrink = ort.RunOptions()
@@ -103,7 +107,7 @@ class OnnxRuntimeEngine:
             raise EngineError("the engine is closed: load the bundle again")
         if output is not None and output not in self._outputs:
             raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask}
+        feed = {"input_ids": input_ids, "attention_mask": attention_mask, **self._constants}
         try:
             let_go = self._spikes.passed_with(*input_ids.shape)
             result = np.asarray(self._compute(session, feed, output or self._output, self._shrink if let_go else None))
@@ -115,6 +119,19 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"onnxruntime failed on a batch of {rows} x {length} tokens ({one_line(error)})"
             ) from error
+
+    def give_logits_only_of(self, token_id: int) -> bool:
+        """From now on, let a fill-mask graph compute logits where this token stands, and nowhere else.
+
+        Runs then give [1, places, vocabulary], row by row of the batch, in which it must stand at least once.
+
+        Returns:
+            Whether the graph can do so; if not, nothing changes.
+        """
+        if _ONLY_TOKEN not in self._optional:
+            return False
+        self._constants[_ONLY_TOKEN] = np.array(token_id, dtype=np.int64)
+        return True
 
     def close(self) -> None:
         """Drop the session; runs under way finish."""

@@ -54,14 +54,19 @@ class Pipeline:
                 advance(len(batch))
 
     def rows_at(
-        self, tokens: Sequence[TokenizedText], positions: Sequence[NDArray[np.intp]], *, progress: bool
+        self,
+        tokens: Sequence[TokenizedText],
+        positions: Sequence[NDArray[np.intp]],
+        *,
+        progress: bool,
+        picked: bool = False,
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """As `token_vectors`, of some tokens of each text: float32 [positions, width]."""
+        """As `token_vectors`, of some tokens of each text: float32 [positions, width]; see `BatchRunner.token_rows`."""
         self.runner.check_room(tokens)
         with _progress_bar(len(tokens), shown=progress) as advance:
             for batch in self.runner.plan(tokens):
                 wanted = [positions[index] for index in batch]
-                rows = self.runner.token_rows([tokens[index] for index in batch], batch, wanted)
+                rows = self.runner.token_rows([tokens[index] for index in batch], batch, wanted, picked=picked)
                 yield from zip(batch.tolist(), rows, strict=True)
                 advance(len(batch))
 

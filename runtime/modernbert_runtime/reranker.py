@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,18 +34,22 @@ class Reranker(TextClassifier):
         BundleError: the model has several labels: none of them is "the" score.
     """
 
-    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS, **options: Any) -> None:
         if len(opened.manifest.labels) != 1:
             opened.engine.close()
             raise BundleError(
                 f"a Reranker needs a model with one label, and this one has {len(opened.manifest.labels)}: "
                 f"{', '.join(opened.manifest.labels)}; use TextClassifier.classify_pairs"
             )
-        super().__init__(opened, batch_tokens=batch_tokens)
+        super().__init__(opened, batch_tokens=batch_tokens, **options)
 
     def score(self, pairs: Sequence[tuple[str, str]], *, progress: bool = False) -> NDArray[np.float32]:
         """The relevance of each (query, document), float32 [pairs]. For errors see `TextClassifier.classify`."""
         return self.pair_scores(pairs, progress=progress)[:, 0]
+
+    async def ascore(self, pairs: Sequence[tuple[str, str]], *, timeout: float | None = None) -> NDArray[np.float32]:
+        """As `score`, awaited, in batches that concurrent callers share; see `TextClassifier.aclassify`."""
+        return (await self.apair_scores(pairs, timeout=timeout))[:, 0]
 
     def rank(
         self, query: str, documents: Sequence[str], *, top_k: int | None = None, progress: bool = False
@@ -61,9 +66,24 @@ class Reranker(TextClassifier):
             InputError: bad texts, or a top_k below 1.
             TextTooLong, EngineError: as for `TextClassifier.classify`.
         """
-        check_texts([query])
-        check_texts(documents)
-        check_top_k(top_k)
-        scores = self.score([(query, document) for document in documents], progress=progress)
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        return [Ranked(index, float(scores[index]), documents[index]) for index in order.tolist()]
+        pairs = _pairs(query, documents, top_k)
+        return _ranked(documents, self.score(pairs, progress=progress), top_k)
+
+    async def arank(
+        self, query: str, documents: Sequence[str], *, top_k: int | None = None, timeout: float | None = None
+    ) -> list[Ranked]:
+        """As `rank`, awaited, in batches that concurrent callers share; see `TextClassifier.aclassify`."""
+        pairs = _pairs(query, documents, top_k)
+        return _ranked(documents, await self.ascore(pairs, timeout=timeout), top_k)
+
+
+def _pairs(query: str, documents: Sequence[str], top_k: int | None) -> list[tuple[str, str]]:
+    check_texts([query])
+    check_texts(documents)
+    check_top_k(top_k)
+    return [(query, document) for document in documents]
+
+
+def _ranked(documents: Sequence[str], scores: NDArray[np.float32], top_k: int | None) -> list[Ranked]:
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [Ranked(index, float(scores[index]), documents[index]) for index in order.tolist()]

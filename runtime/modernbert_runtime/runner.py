@@ -104,6 +104,8 @@ class BatchRunner:
         tokens: Sequence[TokenizedText],
         indices: Sequence[int] | NDArray[np.intp],
         positions: Sequence[NDArray[np.intp]] | None = None,
+        *,
+        picked: bool = False,
     ) -> list[NDArray[np.float32]]:
         """One batch: for each text what the model gives for its tokens, float32 [its tokens, width], without NaN.
 
@@ -111,6 +113,7 @@ class BatchRunner:
             tokens: the texts of the batch.
             indices: what errors call them.
             positions: for each text the tokens that are wanted; None takes all.
+            picked: whether the engine gives these alone, text by text, [1, all positions, width].
 
         Raises:
             EngineError: as `vectors`, or the model has no such output.
@@ -118,6 +121,9 @@ class BatchRunner:
         padded = self._run(tokens, self._sequence_output)
         if positions is None:
             positions = [np.arange(len(text.input_ids)) for text in tokens]
+        if picked:
+            ends = np.cumsum([len(wanted) for wanted in positions])
+            padded, positions = np.split(padded[0], ends[:-1]), [np.arange(len(wanted)) for wanted in positions]
         rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(padded, positions, strict=True)]
         self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
         return rows

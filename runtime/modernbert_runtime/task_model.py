@@ -11,6 +11,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.async_batcher import MAX_WAITING_TOKENS
 from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.engines import EngineName
 from modernbert_runtime.errors import InputError
@@ -31,11 +32,24 @@ class TaskModel:
     Args:
         opened: the bundle.
         batch_tokens: most tokens of one batch, padding included. A longer text still goes through, on its own.
+        max_waiting_tokens: most tokens that wait for their batch, in classes with methods that are awaited.
+
+    Raises:
+        InputError: one of these is below 1.
     """
 
     task: ClassVar[str]
 
-    def __init__(self, opened: OpenedBundle, *, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self,
+        opened: OpenedBundle,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        max_waiting_tokens: int = MAX_WAITING_TOKENS,
+    ) -> None:
+        if max_waiting_tokens < 1:
+            raise InputError(f"max_waiting_tokens must be at least 1, not {max_waiting_tokens}")
+        self._max_waiting_tokens = max_waiting_tokens
         self._tokenizer, self._manifest = opened.tokenizer, opened.manifest
         self._runner = BatchRunner(
             opened.engine,
@@ -59,6 +73,7 @@ class TaskModel:
         truncation: Truncation = "right",
         batch_tokens: int = BATCH_TOKENS,
         max_memory: int | str | None = None,
+        max_waiting_tokens: int = MAX_WAITING_TOKENS,
         engine_options: Mapping[str, str] | None = None,
         verify_hashes: bool = True,
     ) -> M:
@@ -76,7 +91,7 @@ class TaskModel:
             engine_options=engine_options,
             verify_hashes=verify_hashes,
         )
-        return cls(opened, batch_tokens=batch_tokens)
+        return cls(opened, batch_tokens=batch_tokens, max_waiting_tokens=max_waiting_tokens)
 
     @property
     def labels(self) -> tuple[str, ...]:

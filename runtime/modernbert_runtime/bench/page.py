@@ -61,6 +61,7 @@ def as_html(report: Report) -> str:
     ]
     notes = [f"Not run: {name}: {why}." for name, why in report.absent.items()]
     notes += [f"Not timed: {name}: {why}." for name, why in report.disagreeing.items()]
+    notes += [f"Skipped: {name}: {why}." for name, why in report.skipped.items()]
     notes += [
         f"{name}: {report.load_seconds[name]:.2f} s from a started process to the first vector; lowest cosine with the "
         f"reference {cosine:.6f}."

@@ -18,7 +18,7 @@ class Measurement:
         tokens: of each text, special tokens included.
         batch: texts of one call.
         seconds: of each call, in the order taken.
-        peak_bytes: memory high-water mark of its process when the last call was over; rows come shortest first.
+        peak_bytes: memory high-water mark of its process when the last call was over; small calls came first.
         flops: useful arithmetic of one call; see `model_flops`.
     """
 
@@ -49,12 +49,14 @@ class Report:
         source: the checkpoint that the bundle came from.
         machine, versions: where and with what.
         matrix_rate: best fp32 matrix product rate of this machine on the model's shapes, in FLOP/s.
-        load_seconds: candidate -> seconds from a started process to its first vector, imports included.
+        load_seconds: candidate -> cold start: seconds from a started process to its first vector, with everything that
+            it imports, loads and checks; its files are in memory already.
         cosines: candidate -> lowest cosine with the reference over the texts that all embedded.
         latency: batches of one text.
         throughput: batches of several texts of one length.
         absent: candidate -> why it could not run.
         disagreeing: candidate -> why its times were not taken.
+        skipped: rows -> why they were not measured.
     """
 
     bundle: str
@@ -68,6 +70,7 @@ class Report:
     throughput: list[Measurement] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     disagreeing: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def share_of_matrix_rate(self, row: Measurement) -> float:
         """Useful arithmetic of the median call per second, as a share of `matrix_rate`; above 1 where int8 beats it."""

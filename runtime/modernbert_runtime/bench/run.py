@@ -1,6 +1,7 @@
 """The driver: starts a worker per candidate, checks that their vectors agree, and gives them turns.
 
-Drift of the machine hits all alike, for rounds go A B C A B C ...; never do two workers compute at once.
+Drift of the machine hits all alike, for rounds go A B C A B C ...; never do two workers compute at once. The time is
+given: rows get as many rounds as it allows, the small ones first, and the report says how many.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import BundleError, EngineError, InputError
 
 LENGTHS = (16, 128, 512, 2048)
+BATCHES = (1, 8, 32)
 BATCH_LENGTH = 128
 
 # Engines' threads spin for a while after a run; they must be asleep before another worker's turn begins.
@@ -42,10 +44,10 @@ def bench(
     bundle: str | Path,
     *,
     lengths: Sequence[int] | None = None,
-    batches: Sequence[int] = (1, 8, 32),
+    batches: Sequence[int] | None = None,
     batch_length: int | None = None,
     threads: int | None = None,
-    seconds: float = 45.0,
+    seconds: float = 55.0,
     peers: Sequence[Candidate] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -53,11 +55,11 @@ def bench(
 
     Args:
         bundle: directory that `modernbert export` wrote.
-        lengths: tokens of a text, for latency; None is `LENGTHS`, as far as the bundle takes them.
-        batches: texts of a call, for throughput.
+        lengths: tokens of a text, for latency; None is `LENGTHS`, as far as the bundle takes them and the time allows.
+        batches: texts of a call, for throughput; None is `BATCHES`, as far as the time allows.
         batch_length: tokens of each of these texts; None is `BATCH_LENGTH`, or the most that the bundle takes.
         threads: of each candidate; None leaves it to them.
-        seconds: to spend on rounds, about; each row gets at least one.
+        seconds: to spend on everything, about. Lengths and batches that were asked for get a round even beyond it.
         peers: candidates that are not of this package.
         progress: told what is being done.
 
@@ -66,16 +68,20 @@ def bench(
         BundleError: not a whole embedding bundle.
         EngineError: no candidate can run, or one died.
     """
+    end = time.monotonic() + seconds
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     longest = manifest.max_length
+    asked = {"lengths": lengths is not None, "batches": batches is not None}
     if lengths is None:
         lengths = [min(length, longest) for length in LENGTHS]
+    if batches is None:
+        batches = BATCHES
     if batch_length is None:
         batch_length = min(BATCH_LENGTH, longest)
     lengths, batches = sorted(set(lengths)), sorted(set(batches))
     _check(lengths, batches, batch_length, threads, longest)
-    progress("checking the bundle")
+    progress("checking the bundle")  # which also brings its files into memory, so that loading does not time the disk
     for name in manifest.files:
         if name.startswith("onnx/") or name in ("tokenizer.json", "config.json"):
             opened.path_of(name)
@@ -107,17 +113,12 @@ def bench(
         for worker in _disagreeing(workers, writer, longest, report):
             del workers[worker.candidate.name]
             worker.close()
-        rows = [(length, 1) for length in lengths] + [(batch_length, batch) for batch in batches]
-        end = time.monotonic() + seconds
-        for index, (length, batch) in enumerate(rows):
-            progress(f"{batch} x {length} tokens")
-            share = max(end - time.monotonic(), 0) / (len(rows) - index)
-            found = _row(workers, [writer.text(length, seed) for seed in range(batch)], share)
-            flops = batch * model_flops(length, config)
-            (report.latency if index < len(lengths) else report.throughput).extend(
-                Measurement(candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops)
-                for name, (times, peak) in found.items()
-            )
+        latency = [(length, 1) for length in lengths]
+        throughput = [(batch_length, batch) for batch in batches]
+        wanted = {*(latency if asked["lengths"] else ()), *(throughput if asked["batches"] else ())}
+        rows = _rows(workers, writer, config, {*latency, *throughput}, wanted, end, report, progress)
+        report.latency.extend(row for shape in latency for row in rows.get(shape, ()))
+        report.throughput.extend(row for shape in throughput for row in rows.get(shape, ()))
     return report
 
 
@@ -201,18 +202,60 @@ class TextsOfLength:
         return len(self._tokenizer.encode(text).ids)
 
 
-def _row(workers: dict[str, Worker], texts: list[str], budget: float) -> dict[str, tuple[list[float], int]]:
-    """Rounds of all on the same texts until about `budget` seconds have passed; the first round warms up."""
-    end = time.monotonic() + budget
+Shape = tuple[int, int]  # tokens of a text, texts of a call
+
+
+def _rows(
+    workers: dict[str, Worker],
+    writer: TextsOfLength,
+    config: dict[str, Any],
+    shapes: set[Shape],
+    wanted: set[Shape],
+    end: float,
+    report: Report,
+    progress: Callable[[str], None],
+) -> dict[Shape, list[Measurement]]:
+    """Measure shapes, the smallest first, until `end`; those `wanted` get a round even beyond it, others are skipped.
+
+    What a larger shape will take is foreseen from the one before it, by its arithmetic.
+    """
+    order = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    flops = {shape: shape[1] * model_flops(shape[0], config) for shape in order}
+    found: dict[Shape, list[Measurement]] = {}
+    pace = 0.0  # seconds per FLOP of a round
+    for index, shape in enumerate(order):
+        length, batch = shape
+        needed = [2 * pace * flops[one] for one in order[index:]]  # a warm-up and a round
+        left = end - time.monotonic()
+        if found and needed[0] > left and shape not in wanted:
+            report.skipped[f"{batch} x {length} tokens"] = (
+                f"about {needed[0]:.0f} s needed, {max(left, 0):.0f} s left: allow more seconds, or ask for it"
+            )
+            continue
+        progress(f"{batch} x {length} tokens")
+        share = needed[0] + max(left - sum(needed), 0) / len(needed)
+        texts = [writer.text(length, seed) for seed in range(batch)]
+        found[shape] = [
+            Measurement(candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops[shape])
+            for name, (times, peak) in _row(workers, texts, share).items()
+        ]
+        pace = sum(row.percentile(50) for row in found[shape]) / flops[shape]
+    return found
+
+
+def _row(workers: dict[str, Worker], texts: list[str], seconds: float) -> dict[str, tuple[list[float], int]]:
+    """Rounds of all on the same texts for about so many seconds, at least one after the one that warms up."""
+    begin = time.monotonic()
     found: dict[str, tuple[list[float], int]] = {}
     for worker in workers.values():
         worker.run(texts)
-    for _ in range(_MOST_ROUNDS):
+    for number in range(1, _MOST_ROUNDS + 1):
         for name, worker in workers.items():
             time.sleep(_SETTLE_SECONDS)
             taken, peak = worker.run(texts)
             found[name] = ([*found.get(name, ([], 0))[0], taken], peak)
-        if time.monotonic() >= end:
+        elapsed = time.monotonic() - begin
+        if elapsed + elapsed / (number + 1) > seconds:  # as long as the rounds so far, one more would be too long
             break
     return found
 

@@ -90,7 +90,7 @@ def main(bundle: str, options: str) -> None:
     def load() -> Embed:
         from modernbert_runtime.embedder import Embedder
 
-        return Embedder.load(bundle, verify_hashes=False, **json.loads(options)).embed
+        return Embedder.load(bundle, **json.loads(options)).embed
 
     serve(load, ModernBertRuntimeError)
 
