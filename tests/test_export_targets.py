@@ -40,16 +40,19 @@ FILES = {
     ("openvino", "fp32"): "model_openvino.onnx",
     ("ort-cuda", "fp32"): "model_ort-cuda.onnx",
     ("ort-cuda", "fp16"): "model_ort-cuda_fp16.onnx",
+    ("ort-cuda", "bf16"): "model_ort-cuda_bf16.onnx",
     ("tensorrt", "fp16"): "model_tensorrt_fp16.onnx",
     ("tensorrt-dense", "fp16"): "model_tensorrt-dense_fp16.onnx",
+    ("tensorrt", "bf16"): "model_tensorrt_bf16.onnx",
+    ("tensorrt-dense", "bf16"): "model_tensorrt-dense_bf16.onnx",
 }
 
 
 @pytest.fixture(scope="module")
 def every(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for all targets in fp32 and fp16, as far as they go. Leave it as it is."""
+    """A bundle for all targets in fp32, fp16 and bf16, as far as they go. Leave it as it is."""
     out = tmp_path_factory.mktemp("every") / "bundle"
-    export(str(checkpoint), out, targets=TARGETS[::-1], precisions=("fp32", "fp16"))
+    export(str(checkpoint), out, targets=TARGETS[::-1], precisions=("fp32", "fp16", "bf16"))
     return out
 
 
@@ -75,11 +78,12 @@ def test_one_bundle_holds_all_targets(every: Path) -> None:
 def test_weights_of_a_precision_are_stored_once(every: Path, checkpoint: Path) -> None:
     data = {path.name: path.stat().st_size for path in (every / "onnx").glob("*_data")}
     # By the name of the portable graph, though it was asked for last.
-    assert data.keys() == {"model.onnx_data", "model_fp16.onnx_data"}
+    assert data.keys() == {"model.onnx_data", "model_fp16.onnx_data", "model_tensorrt_bf16.onnx_data"}
     weights = sum(weight.numel() for weight in transformers.AutoModel.from_pretrained(checkpoint).parameters())
     # Norms are too small to be worth it: they are in every graph.
     assert 3.9 * weights <= data["model.onnx_data"] <= 4.2 * weights
     assert 1.9 * weights <= data["model_fp16.onnx_data"] <= 2.2 * weights
+    assert 1.9 * weights <= data["model_tensorrt_bf16.onnx_data"] <= 2.2 * weights
     assert all(path.stat().st_size < 200_000 for path in (every / "onnx").glob("*.onnx"))
 
 
@@ -94,7 +98,7 @@ def test_every_artifact_computes_what_transformers_does(
     file = bundle.onnx_path(bundle.artifact(target=target, precision=precision))
     session = open_session(file)
     got, _ = session.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 300), np.int64)})
-    assert cosine(got, want.numpy()).min() >= {"fp32": 0.999999, "fp16": 0.9999}[precision]
+    assert cosine(got, want.numpy()).min() >= {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.999}[precision]
 
 
 def test_attention_counts_as_work_whatever_its_operator(every: Path) -> None:
@@ -123,7 +127,7 @@ def test_every_lowering_holds_at_2048_and_8192_tokens(tmp_path: Path, num_global
         randomise(model)
         model.save_pretrained(path)
     # Refuses, besides lost parity, a portable graph in which anything grows with the square of the length.
-    export(str(path), tmp_path / "out", targets=TARGETS, precisions=("fp32", "fp16"))
+    export(str(path), tmp_path / "out", targets=TARGETS, precisions=("fp32", "fp16", "bf16"))
     for report in json.loads((tmp_path / "out/parity.json").read_text())["artifacts"]:
         lengths = {row["case"]["length"] for row in report["comparisons"]}
         long = {length for length in lengths if length > DENSE_LENGTH}
@@ -155,8 +159,8 @@ def test_each_target_gets_the_precisions_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("targets", "precisions", "named"),
     [
-        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, not 'fp32'"),
-        (["portable", "tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, not fp32"),
+        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, not 'fp32'"),
+        (["portable", "tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, not fp32"),
         (["openvino", "openvino"], None, "target names 'openvino' more than once"),
         ([], None, "target is empty"),
     ],

@@ -1,7 +1,8 @@
 """The graph files of an export, one per variant, built and not yet verified on the grid.
 
-All start from one checkpoint. There is a trace for fp32 and one for fp16, whose islands are chosen in torch; each is
-lowered for every target. int8 is made from the portable fp32 file. Graphs of one precision share a file of weights.
+All start from one checkpoint. There is a trace for fp32, one for fp16 and one for bf16, whose islands are chosen in
+torch; each is lowered for every target. int8 is made from the portable fp32 file. Graphs of one precision share a file
+of weights.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ Progress = Callable[[str], None]
 KEPT_SHARES = (0.0, 0.05, 0.1, 0.2)
 # Lengths whose ranges of activations are looked at, where the model takes them.
 AUDIT_LENGTHS = (512, 8192)
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ class Builder:
         """
         portable = Variant("portable", "fp32")
         int8 = [variant for variant in variants if variant.precision == "int8"]
-        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16")}
+        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", *HALVES)}
         choices = []
         if int8:
             self.progress("int8: measuring the error of each linear layer")
@@ -95,8 +97,9 @@ class Builder:
         for variant in int8:
             fp32 = built.get(portable) or self._lowered(graph, [portable], self.scratch)[portable]
             built[variant] = self._int8(variant, fp32.file, choices)
-        if wanted["fp16"]:
-            built |= self._half("fp16", torch.float16, self.source.load(), wanted["fp16"])
+        for name, dtype in HALVES.items():
+            if wanted[name]:
+                built |= self._half(name, dtype, self.source.load(), wanted[name])
         return [built[variant] for variant in variants]
 
     def _trace(self, model: Loaded, what: str) -> ir.Model:
@@ -111,7 +114,7 @@ class Builder:
     def _lowered(
         self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
     ) -> dict[Variant, Built]:
-        """The files of one trace and that of their weights, except that a single one in fp16 holds its own.
+        """The files of one trace and that of their weights, except that a single one in 16 bits holds its own.
 
         The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
         """
@@ -164,7 +167,7 @@ class Builder:
         lengths = {min(length, self.source.max_length) for length in AUDIT_LENGTHS}
         inputs = [self._running_text(length) for length in sorted(lengths)]
         self.progress(f"{precision}: looking at the ranges of activations")
-        ranges = audit(model.encoder, inputs)
+        ranges = audit(model.encoder, inputs, dtype)
         to_half(model.encoder, dtype, ranges)
         return self._lowered(self._trace(model, precision), variants, self.directory, ranges)
 

@@ -18,15 +18,20 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
 # Precisions by the same, the one first that is taken when none is named. int8 is for CPUs: its operators are ONNX
-# Runtime's CPU kernels'. OpenVINO makes bf16 of fp32 by itself.
+# Runtime's CPU kernels'. bf16 is for GPUs: those kernels have next to none for it, and OpenVINO makes it of fp32.
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", "int8"),
     "openvino": ("fp32",),
-    "ort-cuda": ("fp32", "fp16"),
-    "tensorrt": ("fp16",),
+    "ort-cuda": ("fp32", "fp16", "bf16"),
+    "tensorrt": ("fp16", "bf16"),
 }
 # The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
-_FILES: Mapping[str, str] = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_quantized.onnx"}
+_FILES: Mapping[str, str] = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "bf16": "model_bf16.onnx",
+    "int8": "model_quantized.onnx",
+}
 
 
 @dataclass(frozen=True)

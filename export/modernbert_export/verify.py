@@ -23,6 +23,7 @@ from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
+from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
 from modernbert_export.references import TRANSFORMERS, References, compute_references, embed_text
 from modernbert_export.source import open_source
 from modernbert_export.tasks import EMBEDDING, LOGITS, TASKS
@@ -262,7 +263,10 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
 
 
 def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
+    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too.
+
+    A graph with bf16 runs as `bf16_on_cpu` has it.
+    """
     proto = onnx.load(onnx_file, load_external_data=False)
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
@@ -274,7 +278,9 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
     )
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        bf16_on_cpu(proto).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _pool(hidden: Array, summary: Array | None, mask: Array, pooling: str, normalize: bool) -> Array:

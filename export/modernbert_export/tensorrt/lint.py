@@ -17,6 +17,7 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 OPSETS = range(9, 25)
+PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _TYPES = {
     "F": {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16},
     "I": {TensorProto.INT32, TensorProto.INT64},
@@ -59,7 +60,7 @@ class Finding:
 
 
 def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Finding]:
-    """All faults of a graph that is to be built in a precision, "fp32" or "fp16"; none is what a file must have.
+    """All faults of a graph that is to be built in a precision of `PRECISIONS`; none is what a file must have.
 
     Args:
         model: loaded without its external weights where they are large: only small constants are looked at.
@@ -85,7 +86,7 @@ def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Fi
 class _Lint:
     def __init__(self, model: onnx.ModelProto, precision: str) -> None:
         self.model, self.graph = model, model.graph
-        self.half = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[precision]
+        self.half = PRECISIONS[precision]
         values = [*self.graph.input, *self.graph.value_info, *self.graph.output]
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
