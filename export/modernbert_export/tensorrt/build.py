@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
+from modernbert_export.source_lines import read_sources
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.plan_store import FOLDER, PlanSource, remember
 from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
@@ -107,7 +108,8 @@ def _build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
-        errors = [describe(parser.get_error(index)) for index in range(parser.num_errors)]
+        sources = read_sources(file)
+        errors = [describe(parser.get_error(index), sources) for index in range(parser.num_errors)]
         raise InputError(f"TensorRT {trt.__version__} refuses {file.name!r}: {'; '.join(errors) or 'see its log'}")
     allow_decomposition(trt, network)
 
@@ -132,11 +134,13 @@ def _build(
     return bytes(plan)
 
 
-def describe(error: Any) -> str:
-    """One error of the parser: the node, its operator, and where in which function it stands."""
+def describe(error: Any, sources: Mapping[str, str]) -> str:
+    """One error of the parser: the node, its operator, where it stands, and the line of ours that it comes from."""
     stack = " in ".join(reversed(error.local_function_stack())) if error.local_function_stack_size() else ""
-    where = f"{error.node_operator()} {error.node_name()!r} (node {error.node()}{', in ' + stack if stack else ''})"
-    return f"{where}: {' '.join(error.desc().split())}"
+    details = [f"node {error.node()}", *([f"in {stack}"] if stack else [])]
+    if source := sources.get(error.node_name()):
+        details.append(f"from {source}")
+    return f"{error.node_operator()} {error.node_name()!r} ({', '.join(details)}): {' '.join(error.desc().split())}"
 
 
 def allow_decomposition(trt: Any, network: Any) -> int:
