@@ -26,7 +26,7 @@ from modernbert_export.lower import FORMS
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.tensorrt import build as build_module
 from modernbert_export.tensorrt.lint import Finding
-from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants
+from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants, split_targets
 from modernbert_export.verify import open_session
 from modernbert_runtime import Embedder, EngineError
 from modernbert_runtime import tensorrt_engine as engine_module
@@ -171,6 +171,35 @@ def test_what_does_not_go_together_is_refused(targets: list[str], precisions: An
         choose_variants(targets, precisions)
 
 
+@pytest.mark.parametrize(
+    ("targets", "graphs", "repository"),
+    [
+        (["triton"], ["portable"], True),
+        (["ort-cuda", "triton"], ["ort-cuda"], True),
+        (["triton", "openvino", "tensorrt"], ["openvino", "tensorrt"], True),
+        (["openvino"], ["openvino"], False),
+    ],
+    ids=str,
+)
+def test_triton_is_a_repository_of_other_targets(targets: list[str], graphs: list[str], repository: bool) -> None:
+    assert split_targets(targets) == (graphs, repository)
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["openvino", "triton"], "target triton runs graphs of portable, ort-cuda, tensorrt: name one of these beside"),
+        (["triton", "triton"], "target names 'triton' more than once"),
+        (["abacus"], "target must be one of portable, openvino, ort-cuda, tensorrt, triton, not 'abacus'"),
+        ([], "target is empty; give one or more of portable,openvino,ort-cuda,tensorrt,triton"),
+    ],
+    ids=str,
+)
+def test_targets_without_a_graph_for_triton_are_refused(targets: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        split_targets(targets)
+
+
 def test_a_graph_that_tensorrt_would_refuse_is_not_written(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,16 +217,26 @@ def test_plans_are_built_from_what_the_bundle_holds(every: Path, monkeypatch: py
     class Library:
         __version__ = "11.4.0"
 
-    seen: dict[str, Any] = {}
+    seen: dict[str, dict[str, Any]] = {}
     monkeypatch.setattr(engine_module, "load_tensorrt", Library)
     monkeypatch.setattr(engine_module, "device_here", lambda: ("Test GPU", "9.0"))
-    monkeypatch.setattr(build_module, "build_plans", lambda graphs, out, **more: seen.update(more, graphs=graphs))
+    monkeypatch.setattr(
+        build_module, "build_plans", lambda graphs, out, **more: seen.update({out.name: {**more, "graphs": graphs}})
+    )
     out = build_module.plan_bundle(every)
-    assert out == every / "tensorrt" / "test-gpu-sm90-trt11.4.0-fp16"
+    folders = [f"test-gpu-sm90-trt11.4.0-{precision}" for precision in ("fp16", "bf16")]
+    assert out == [every / "tensorrt" / folder for folder in folders]
+    assert list(seen) == folders
+    for precision, built in zip(("fp16", "bf16"), seen.values(), strict=True):
+        check_plans_of(built, precision)
+
+
+def check_plans_of(seen: dict[str, Any], precision: str) -> None:
     assert {target: path.name for target, path in seen["graphs"].items()} == {
-        "tensorrt-dense": "model_tensorrt-dense_fp16.onnx",
-        "tensorrt": "model_tensorrt_fp16.onnx",
+        "tensorrt-dense": f"model_tensorrt-dense_{precision}.onnx",
+        "tensorrt": f"model_tensorrt_{precision}.onnx",
     }
+    assert seen["precision"] == precision
     assert {profile.graph for profile in seen["profiles"]} == {"tensorrt-dense", "tensorrt"}
     assert max(profile.max_length for profile in seen["profiles"]) == TINY["max_position_embeddings"]
     assert {f"{target}.plan" for target in seen["graphs"]} == {PlanRecord.file_of(p.graph) for p in seen["profiles"]}
@@ -210,7 +249,7 @@ def test_export_says_how_to_build_plans_where_it_cannot(
         raise EngineError("tensorrt cannot be imported")
 
     monkeypatch.setattr(engine_module, "load_tensorrt", missing)
-    build_plans_or_say_why(every)
+    assert not build_plans_or_say_why(every)
     line = capsys.readouterr().out.strip()
     assert line.startswith("No TensorRT plans were built: tensorrt cannot be imported. ")
     assert line.endswith(f"python -m modernbert_export.tensorrt {every}")

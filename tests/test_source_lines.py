@@ -1,4 +1,4 @@
-"""Every node of a TensorRT graph names the line of ours that made it; other files say nothing of where they come from."""
+"""Every node of a TensorRT graph names the line of ours that made it; other files say nothing of their origin."""
 
 import re
 from pathlib import Path

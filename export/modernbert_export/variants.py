@@ -25,6 +25,9 @@ SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "ort-cuda": ("fp32", "fp16", "bf16"),
     "tensorrt": ("fp16", "bf16"),
 }
+# Not a graph of its own: a model repository of one of these.
+TRITON = "triton"
+FOR_TRITON = ("portable", "ort-cuda", "tensorrt")
 # The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
 _FILES: Mapping[str, str] = {
     "fp32": "model.onnx",
@@ -51,6 +54,21 @@ class Variant:
     def max_length(self) -> int | None:
         """Most tokens that it is for, where that is less than the model takes."""
         return DENSE_LENGTH if self.target == "tensorrt-dense" else None
+
+
+def split_targets(targets: Sequence[str]) -> tuple[list[str], bool]:
+    """The targets that are graphs, and whether a repository for Triton is to be made of them.
+
+    Raises:
+        InputError: a target is unknown or named twice, or none of the graphs is one that Triton runs.
+    """
+    _check_names("target", targets, dict.fromkeys((*SUPPORTED, TRITON)))
+    graphs = [name for name in targets if name != TRITON]
+    if TRITON in targets and graphs and not set(graphs) & set(FOR_TRITON):
+        raise InputError(
+            f"target {TRITON} runs graphs of {', '.join(FOR_TRITON)}: name one of these beside it, or none"
+        )
+    return graphs or list(FOR_TRITON[:1]), TRITON in targets
 
 
 def choose_variants(targets: Sequence[str], precisions: Sequence[str] | None) -> tuple[Variant, ...]:
