@@ -159,8 +159,12 @@ def test_each_target_gets_the_precisions_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("targets", "precisions", "named"),
     [
-        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, not 'fp32'"),
-        (["portable", "tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, not fp32"),
+        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, int8-qdq, fp8, not 'fp32'"),
+        (
+            ["portable", "tensorrt"],
+            ["fp32"],
+            "precision for target tensorrt must be one of fp16, bf16, int8-qdq, fp8, not fp32",
+        ),
         (["openvino", "openvino"], None, "target names 'openvino' more than once"),
         ([], None, "target is empty"),
     ],

@@ -8,10 +8,11 @@ of weights.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -21,6 +22,7 @@ from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, smooth
 from modernbert_export.precision.half import to_half
 from modernbert_export.precision.int8 import LEVELS, quantize
+from modernbert_export.precision.modelopt import MODES, quantize_for_tensorrt
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.source import Source
 from modernbert_export.tasks import EMBEDDING, Loaded
@@ -57,7 +59,7 @@ class Builder:
     Args:
         source: the checkpoint.
         directory: where the files go.
-        scratch: where the fp32 file goes if it is wanted for int8 only.
+        scratch: where files go that are wanted to make others of only.
         texts: what int8 is measured on.
         wanted: the checkpoint's vectors [texts, dim] of these.
         levels: largest integer that stands for a weight in int8.
@@ -99,7 +101,8 @@ class Builder:
             built[variant] = self._int8(variant, fp32.file, choices)
         for name, dtype in HALVES.items():
             if wanted[name]:
-                built |= self._half(name, dtype, self.source.load(), wanted[name])
+                built |= self._half(name, dtype, self.source.load(), wanted[name], self.directory)
+        built |= self._quantized_for_tensorrt([v for v in variants if v.precision in MODES], built)
         return [built[variant] for variant in variants]
 
     def _trace(self, model: Loaded, what: str) -> ir.Model:
@@ -161,15 +164,35 @@ class Builder:
         )
         return Built(variant=variant, file=file, text=text, notes=notes)
 
+    def _quantized_for_tensorrt(
+        self, variants: Sequence[Variant], built: Mapping[Variant, Built]
+    ) -> dict[Variant, Built]:
+        """Files made from those in fp16, each proven on the texts later, of which every fourth gives the scales."""
+        halves = dict.fromkeys(Variant(variant.target, "fp16") for variant in variants)
+        missing = [half for half in halves if half not in built]
+        if missing:
+            built = self._half("fp16", HALVES["fp16"], self.source.load(), missing, self.scratch)
+        batches = [(np.array([ids]), np.ones((1, len(ids)), np.int64)) for ids in self.texts.ids[::4]]
+        quantized = {}
+        for variant in variants:
+            half = built[Variant(variant.target, "fp16")]
+            self.progress(f"{variant.precision}: measuring inputs of linear layers of {variant.target}")
+            graph = quantize_for_tensorrt(half.file, self.scratch, variant.precision, batches)
+            file = self.directory / variant.file
+            ir.save(graph, file)
+            text = verify_text(file, self.texts, self.wanted, progress=self.progress)
+            quantized[variant] = Built(variant=variant, file=file, ranges=half.ranges, text=text)
+        return quantized
+
     def _half(
-        self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant]
+        self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant], folder: Path
     ) -> dict[Variant, Built]:
         lengths = {min(length, self.source.max_length) for length in AUDIT_LENGTHS}
         inputs = [self._running_text(length) for length in sorted(lengths)]
         self.progress(f"{precision}: looking at the ranges of activations")
         ranges = audit(model.encoder, inputs, dtype)
         to_half(model.encoder, dtype, ranges)
-        return self._lowered(self._trace(model, precision), variants, self.directory, ranges)
+        return self._lowered(self._trace(model, precision), variants, folder, ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""

@@ -40,6 +40,7 @@ _BYTES = {
     "int32": 4,
     "uint8": 1,
     "int8": 1,
+    "Float8E4M3FN": 1,
     "bool": 1,
 }
 # ONNX Runtime's arena gives a value any free block of up to twice its size, and counts all of it.

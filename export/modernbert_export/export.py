@@ -27,13 +27,14 @@ from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
+from modernbert_export.precision.modelopt import MODES, require_modelopt
 from modernbert_export.references import References, compute_references, embed_text
 from modernbert_export.source import Source, open_source
 from modernbert_export.tasks import EMBEDDING, TASKS
 from modernbert_export.tensorrt.lint import lint
 from modernbert_export.text_fidelity import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OUTPUTS
-from modernbert_export.variants import Variant, choose_variants
+from modernbert_export.variants import QUANTISED, Variant, choose_variants
 from modernbert_export.verify import fidelity_grid, verify, verify_head, verify_text
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
@@ -92,11 +93,16 @@ def export(
     made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
-    if not embeds and "int8" in made:
-        raise InputError(f"precision int8 is chosen by comparing embeddings; take fp32 or fp16 with task {task}")
+    quantised = [name for name in QUANTISED if name in made]
+    if not embeds and quantised:
+        raise InputError(
+            f"precision {quantised[0]} is chosen by comparing embeddings; take fp32 or fp16 with task {task}"
+        )
+    if made.intersection(MODES):
+        require_modelopt()
     if not embeds and text is not None:
         raise InputError(f"text compares embeddings; leave it out with task {task}")
-    compared = text is not None or "int8" in made
+    compared = text is not None or bool(quantised)
     max_tokens = min(source.max_length, MOST_TOKENS if compared else FEW_TOKENS)
     texts = TextSet.read(source.path / "tokenizer.json", max_tokens=max_tokens, file=text)
     weights = sum(path.stat().st_size for path in source.weight_files)

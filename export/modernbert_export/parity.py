@@ -50,7 +50,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "fp32": Tolerance(max_abs_error=1e-4, min_cosine=0.999999, min_pooled_cosine=0.999999),
     "fp16": Tolerance(max_abs_error=None, min_cosine=0.9999, min_pooled_cosine=0.99995),
     "bf16": Tolerance(max_abs_error=None, min_cosine=0.999, min_pooled_cosine=0.9995),  # why: precision.half
-    "int8": Tolerance(max_abs_error=None, min_cosine=None, min_pooled_cosine=0.9),
+    **dict.fromkeys(("int8", "int8-qdq", "fp8"), Tolerance(max_abs_error=None, min_cosine=None, min_pooled_cosine=0.9)),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from modernbert.errors import InputError
 from modernbert_export.ops.op import Target
+from modernbert_export.precision.modelopt import MODES
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 
 # Lowerings by the target that a user names. TensorRT gets two graphs, with the same weights: its local layers are dense
@@ -23,17 +24,20 @@ SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", "int8"),
     "openvino": ("fp32",),
     "ort-cuda": ("fp32", "fp16", "bf16"),
-    "tensorrt": ("fp16", "bf16"),
+    "tensorrt": ("fp16", "bf16", *MODES),
 }
 # Not a graph of its own: a model repository of one of these.
 TRITON = "triton"
 FOR_TRITON = ("portable", "ort-cuda", "tensorrt")
+# They must prove themselves on text.
+QUANTISED = ("int8", *MODES)
 # The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
 _FILES: Mapping[str, str] = {
     "fp32": "model.onnx",
     "fp16": "model_fp16.onnx",
     "bf16": "model_bf16.onnx",
     "int8": "model_quantized.onnx",
+    **{name: f"model_{name}.onnx" for name in MODES},
 }
 
 

@@ -29,6 +29,7 @@ from modernbert_export.source import open_source
 from modernbert_export.tasks import EMBEDDING, LOGITS, TASKS
 from modernbert_export.text_fidelity import MOST_TOKENS, TextFidelity, TextSet, compare_text
 from modernbert_export.trace import INPUTS, OUTPUTS
+from modernbert_export.variants import QUANTISED
 from modernbert_runtime.bundle import Bundle
 
 Array = NDArray[Any]
@@ -211,7 +212,7 @@ def verify_bundle(
             for artifact in manifest.artifacts
         ]
     texts = None
-    if text is not None or any(artifact.precision == "int8" for artifact in manifest.artifacts):
+    if text is not None or any(artifact.precision in QUANTISED for artifact in manifest.artifacts):
         tokenizer_file = bundle.path_of("tokenizer.json")
         texts = TextSet.read(tokenizer_file, max_tokens=min(manifest.max_length, MOST_TOKENS), file=text)
         encoder = load_model(checkpoint)
@@ -232,7 +233,7 @@ def verify_bundle(
             references=references,
             progress=progress,
         )
-        if texts is not None and (text is not None or artifact.precision == "int8"):
+        if texts is not None and (text is not None or artifact.precision in QUANTISED):
             report = dataclasses.replace(report, text=verify_text(file, texts, wanted, progress=progress))
         reports.append(report)
     return reports

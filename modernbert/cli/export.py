@@ -32,8 +32,8 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8, or several with commas between, of which each target gets those that it has; "
-            "default: fp16 for tensorrt, else fp32."
+            help="fp32, fp16, bf16, int8, int8-qdq, fp8, or several with commas between, of which each target gets "
+            "those that it has; default: fp16 for tensorrt, else fp32."
         ),
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, cls or global; default: what the checkpoint says.")] = None,
