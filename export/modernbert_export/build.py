@@ -102,7 +102,9 @@ class Builder:
         for name, dtype in HALVES.items():
             if wanted[name]:
                 built |= self._half(name, dtype, self.source.load(), wanted[name], self.directory)
-        built |= self._quantized_for_tensorrt([v for v in variants if v.precision in MODES], built)
+        quantized = [variant for variant in variants if variant.precision in MODES]
+        if quantized:
+            built |= self._quantized_for_tensorrt(quantized, built)
         return [built[variant] for variant in variants]
 
     def _trace(self, model: Loaded, what: str) -> ir.Model:
@@ -167,21 +169,27 @@ class Builder:
     def _quantized_for_tensorrt(
         self, variants: Sequence[Variant], built: Mapping[Variant, Built]
     ) -> dict[Variant, Built]:
-        """Files made from those in fp16, each proven on the texts later, of which every fourth gives the scales."""
+        """Files made from those in fp16, one file of weights, every fourth text giving the scales."""
         halves = dict.fromkeys(Variant(variant.target, "fp16") for variant in variants)
         missing = [half for half in halves if half not in built]
         if missing:
             built = self._half("fp16", HALVES["fp16"], self.source.load(), missing, self.scratch)
         batches = [(np.array([ids]), np.ones((1, len(ids)), np.int64)) for ids in self.texts.ids[::4]]
+        weights = SharedWeights(self.directory / f"{variants[0].file}_data")
+        notes = (f"Scales of inputs: the largest values on {len(batches)} of the texts, by ModelOpt.",)
         quantized = {}
         for variant in variants:
             half = built[Variant(variant.target, "fp16")]
             self.progress(f"{variant.precision}: measuring inputs of linear layers of {variant.target}")
             graph = quantize_for_tensorrt(half.file, self.scratch, variant.precision, batches)
             file = self.directory / variant.file
-            ir.save(graph, file)
+            weights.save(graph, file)
+            del graph
+            gc.collect()  # it is full of cycles
             text = verify_text(file, self.texts, self.wanted, progress=self.progress)
-            quantized[variant] = Built(variant=variant, file=file, ranges=half.ranges, text=text)
+            quantized[variant] = Built(
+                variant=variant, file=file, data_file=weights.file, ranges=half.ranges, text=text, notes=notes
+            )
         return quantized
 
     def _half(
