@@ -27,7 +27,7 @@ from modernbert_export.session import open_session
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.tensorrt import build as build_module
 from modernbert_export.tensorrt.lint import Finding
-from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants
+from modernbert_export.variants import LOWERINGS, SUPPORTED, Variant, choose_variants, split_targets
 from modernbert_runtime import Embedder, EngineError
 from modernbert_runtime import tensorrt_engine as engine_module
 from modernbert_runtime.bundle import Bundle
@@ -40,16 +40,19 @@ FILES = {
     ("openvino", "fp32"): "model_openvino.onnx",
     ("ort-cuda", "fp32"): "model_ort-cuda.onnx",
     ("ort-cuda", "fp16"): "model_ort-cuda_fp16.onnx",
+    ("ort-cuda", "bf16"): "model_ort-cuda_bf16.onnx",
     ("tensorrt", "fp16"): "model_tensorrt_fp16.onnx",
     ("tensorrt-dense", "fp16"): "model_tensorrt-dense_fp16.onnx",
+    ("tensorrt", "bf16"): "model_tensorrt_bf16.onnx",
+    ("tensorrt-dense", "bf16"): "model_tensorrt-dense_bf16.onnx",
 }
 
 
 @pytest.fixture(scope="module")
 def every(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle for all targets in fp32 and fp16, as far as they go. Leave it as it is."""
+    """A bundle for all targets in fp32, fp16 and bf16, as far as they go. Leave it as it is."""
     out = tmp_path_factory.mktemp("every") / "bundle"
-    export(str(checkpoint), out, targets=TARGETS[::-1], precisions=("fp32", "fp16"))
+    export(str(checkpoint), out, targets=TARGETS[::-1], precisions=("fp32", "fp16", "bf16"))
     return out
 
 
@@ -75,11 +78,12 @@ def test_one_bundle_holds_all_targets(every: Path) -> None:
 def test_weights_of_a_precision_are_stored_once(every: Path, checkpoint: Path) -> None:
     data = {path.name: path.stat().st_size for path in (every / "onnx").glob("*_data")}
     # By the name of the portable graph, though it was asked for last.
-    assert data.keys() == {"model.onnx_data", "model_fp16.onnx_data"}
+    assert data.keys() == {"model.onnx_data", "model_fp16.onnx_data", "model_tensorrt_bf16.onnx_data"}
     weights = sum(weight.numel() for weight in transformers.AutoModel.from_pretrained(checkpoint).parameters())
     # Norms are too small to be worth it: they are in every graph.
     assert 3.9 * weights <= data["model.onnx_data"] <= 4.2 * weights
     assert 1.9 * weights <= data["model_fp16.onnx_data"] <= 2.2 * weights
+    assert 1.9 * weights <= data["model_tensorrt_bf16.onnx_data"] <= 2.2 * weights
     assert all(path.stat().st_size < 200_000 for path in (every / "onnx").glob("*.onnx"))
 
 
@@ -94,7 +98,7 @@ def test_every_artifact_computes_what_transformers_does(
     file = bundle.onnx_path(bundle.artifact(target=target, precision=precision))
     session = open_session(file)
     got, _ = session.run(None, {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 300), np.int64)})
-    assert cosine(got, want.numpy()).min() >= {"fp32": 0.999999, "fp16": 0.9999}[precision]
+    assert cosine(got, want.numpy()).min() >= {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.999}[precision]
 
 
 def test_attention_counts_as_work_whatever_its_operator(every: Path) -> None:
@@ -123,7 +127,7 @@ def test_every_lowering_holds_at_2048_and_8192_tokens(tmp_path: Path, num_global
         randomise(model)
         model.save_pretrained(path)
     # Refuses, besides lost parity, a portable graph in which anything grows with the square of the length.
-    export(str(path), tmp_path / "out", targets=TARGETS, precisions=("fp32", "fp16"))
+    export(str(path), tmp_path / "out", targets=TARGETS, precisions=("fp32", "fp16", "bf16"))
     for report in json.loads((tmp_path / "out/parity.json").read_text())["artifacts"]:
         lengths = {row["case"]["length"] for row in report["comparisons"]}
         long = {length for length in lengths if length > DENSE_LENGTH}
@@ -155,8 +159,12 @@ def test_each_target_gets_the_precisions_that_it_has() -> None:
 @pytest.mark.parametrize(
     ("targets", "precisions", "named"),
     [
-        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, not 'fp32'"),
-        (["portable", "tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, not fp32"),
+        (["tensorrt"], ["fp32"], "precision for target tensorrt must be one of fp16, bf16, int8-qdq, fp8, not 'fp32'"),
+        (
+            ["portable", "tensorrt"],
+            ["fp32"],
+            "precision for target tensorrt must be one of fp16, bf16, int8-qdq, fp8, not fp32",
+        ),
         (["openvino", "openvino"], None, "target names 'openvino' more than once"),
         ([], None, "target is empty"),
     ],
@@ -165,6 +173,35 @@ def test_each_target_gets_the_precisions_that_it_has() -> None:
 def test_what_does_not_go_together_is_refused(targets: list[str], precisions: Any, named: str) -> None:
     with pytest.raises(InputError, match=named):
         choose_variants(targets, precisions)
+
+
+@pytest.mark.parametrize(
+    ("targets", "graphs", "repository"),
+    [
+        (["triton"], ["portable"], True),
+        (["ort-cuda", "triton"], ["ort-cuda"], True),
+        (["triton", "openvino", "tensorrt"], ["openvino", "tensorrt"], True),
+        (["openvino"], ["openvino"], False),
+    ],
+    ids=str,
+)
+def test_triton_is_a_repository_of_other_targets(targets: list[str], graphs: list[str], repository: bool) -> None:
+    assert split_targets(targets) == (graphs, repository)
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["openvino", "triton"], "target triton runs graphs of portable, ort-cuda, tensorrt: name one of these beside"),
+        (["triton", "triton"], "target names 'triton' more than once"),
+        (["abacus"], "target must be one of portable, openvino, ort-cuda, tensorrt, triton, not 'abacus'"),
+        ([], "target is empty; give one or more of portable,openvino,ort-cuda,tensorrt,triton"),
+    ],
+    ids=str,
+)
+def test_targets_without_a_graph_for_triton_are_refused(targets: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        split_targets(targets)
 
 
 def test_a_graph_that_tensorrt_would_refuse_is_not_written(
@@ -184,16 +221,26 @@ def test_plans_are_built_from_what_the_bundle_holds(every: Path, monkeypatch: py
     class Library:
         __version__ = "11.4.0"
 
-    seen: dict[str, Any] = {}
+    seen: dict[str, dict[str, Any]] = {}
     monkeypatch.setattr(engine_module, "load_tensorrt", Library)
     monkeypatch.setattr(engine_module, "device_here", lambda: ("Test GPU", "9.0"))
-    monkeypatch.setattr(build_module, "build_plans", lambda graphs, out, **more: seen.update(more, graphs=graphs))
+    monkeypatch.setattr(
+        build_module, "build_plans", lambda graphs, out, **more: seen.update({out.name: {**more, "graphs": graphs}})
+    )
     out = build_module.plan_bundle(every)
-    assert out == every / "tensorrt" / "test-gpu-sm90-trt11.4.0-fp16"
+    folders = [f"test-gpu-sm90-trt11.4.0-{precision}" for precision in ("fp16", "bf16")]
+    assert out == [every / "tensorrt" / folder for folder in folders]
+    assert list(seen) == folders
+    for precision, built in zip(("fp16", "bf16"), seen.values(), strict=True):
+        check_plans_of(built, precision)
+
+
+def check_plans_of(seen: dict[str, Any], precision: str) -> None:
     assert {target: path.name for target, path in seen["graphs"].items()} == {
-        "tensorrt-dense": "model_tensorrt-dense_fp16.onnx",
-        "tensorrt": "model_tensorrt_fp16.onnx",
+        "tensorrt-dense": f"model_tensorrt-dense_{precision}.onnx",
+        "tensorrt": f"model_tensorrt_{precision}.onnx",
     }
+    assert seen["precision"] == precision
     assert {profile.graph for profile in seen["profiles"]} == {"tensorrt-dense", "tensorrt"}
     assert max(profile.max_length for profile in seen["profiles"]) == TINY["max_position_embeddings"]
     assert {f"{target}.plan" for target in seen["graphs"]} == {PlanRecord.file_of(p.graph) for p in seen["profiles"]}
@@ -206,7 +253,7 @@ def test_export_says_how_to_build_plans_where_it_cannot(
         raise EngineError("tensorrt cannot be imported")
 
     monkeypatch.setattr(engine_module, "load_tensorrt", missing)
-    build_plans_or_say_why(every)
+    assert not build_plans_or_say_why(every)
     line = capsys.readouterr().out.strip()
     assert line.startswith("No TensorRT plans were built: tensorrt cannot be imported. ")
     assert line.endswith(f"python -m modernbert_export.tensorrt {every}")

@@ -19,6 +19,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
 from test_runtime_tiny_bundle import PAD_ID, expected_vector, write_tiny_bundle
 
+from modernbert.cli import export as cli_export
 from modernbert.cli import main
 from modernbert.errors import InputError
 from modernbert_export import triton as triton_export
@@ -206,6 +207,60 @@ def test_plan_of_this_machine_is_the_encoder(root: Path, tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="max_batch must be at most 2"):
         write_repository(Bundle.open(root), tmp_path / "more", encoder="tensorrt", max_batch=3)
     assert not (tmp_path / "more").exists()
+
+
+def test_export_writes_the_repository_with_the_bundle(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["export", str(checkpoint), "--out", str(out), "--target", "triton", "--max-length", "20"]
+    monkeypatch.setattr(sys, "argv", ["modernbert", *command])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert not ended.value.code
+    assert f"{out}/triton: models modernbert (text -> embedding)" in capsys.readouterr().out
+    assert set(configs(out / "triton")) == {"modernbert", "modernbert_tokenizer", "modernbert_encoder"}
+    bundle = Bundle.open(out)
+    for name in ("model.onnx", "model.onnx_data"):
+        copied = hashlib.sha256((out / "triton/modernbert_encoder/1" / name).read_bytes()).hexdigest()
+        assert copied == bundle.manifest.files[f"onnx/{name}"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "planned", "options"),
+    [
+        (["tensorrt", "portable"], True, {"encoder": "tensorrt"}),
+        (["tensorrt", "portable"], False, {"device": "cpu"}),
+        (["ort-cuda"], False, {"device": "gpu"}),
+        (["tensorrt"], False, None),
+    ],
+    ids=str,
+)
+def test_repository_is_of_plans_where_there_are_some(
+    targets: list[str],
+    planned: bool,
+    options: dict[str, str] | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(cli_export, "write_and_tell", lambda bundle, out, **options: written.append((out, options)))
+    cli_export.write_repository_or_say_why(Path("b"), targets, planned=planned)
+    assert written == ([] if options is None else [(Path("b/triton"), options)])
+    said = capsys.readouterr().out.strip()
+    assert ("modernbert triton b --encoder tensorrt --out b/triton" in said) == (options is None)
+
+
+def test_target_triton_is_refused_for_other_tasks(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", str(checkpoint), "--out", str(tmp_path / "out"), "--target", "triton", "--task", "fill-mask"]
+    monkeypatch.setattr(sys, "argv", ["modernbert", *command])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "modernbert: target triton serves embeddings; leave it out with task fill-mask\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

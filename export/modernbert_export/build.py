@@ -1,17 +1,18 @@
 """The graph files of an export, one per variant, built and not yet verified on the grid.
 
-All start from one checkpoint. There is a trace for fp32 and one for fp16, whose islands are chosen in torch; each is
-lowered for every target. Integers are made from the portable fp32 file. Graphs of fp32, and of fp16, share a file of
-weights.
+All start from one checkpoint. There is a trace for fp32, one for fp16 and one for bf16, whose islands are chosen in
+torch; each is lowered for every target. Integers are made from the portable fp32 file, those for TensorRT from its fp16
+ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -23,7 +24,8 @@ from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, Rows, smooth, weight_errors
 from modernbert_export.precision.half import to_half
 from modernbert_export.precision.int8 import LEVELS, quantize
-from modernbert_export.precision.weight_only import BLOCK, quantize_weights
+from modernbert_export.precision.modelopt import MODES, quantize_for_tensorrt
+from modernbert_export.precision.weight_only import BLOCK, Bits, quantize_weights
 from modernbert_export.shared_weights import SharedWeights
 from modernbert_export.source import Source
 from modernbert_export.tasks import EMBEDDING, Loaded
@@ -37,6 +39,7 @@ Progress = Callable[[str], None]
 KEPT_SHARES = {"int8": (0.0, 0.05, 0.1, 0.2), "int8-weights": (0.0,), "int4-weights": (0.0, 0.1, 0.25, 0.5)}
 # Lengths whose ranges of activations are looked at, where the model takes them.
 AUDIT_LENGTHS = (512, 8192)
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class Builder:
     Args:
         source: the checkpoint.
         directory: where the files go.
-        scratch: where the fp32 file goes if it is wanted for int8 only.
+        scratch: where files go that are wanted to make others of only.
         on_text: what files in integers are measured on.
         levels: largest integer that stands for a weight in int8.
         progress: is told what is being done, in a few words.
@@ -84,7 +87,7 @@ class Builder:
         """
         portable = Variant("portable", "fp32")
         integers = [variant for variant in variants if variant.precision in INTEGERS]
-        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16")}
+        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", *HALVES)}
         choices: list[LinearChoice] = []
         errors: dict[str, dict[str, float]] = {}
         if any(variant.precision == "int8" for variant in integers):
@@ -104,8 +107,12 @@ class Builder:
         for variant in integers:
             worst = sorted(errors.get(variant.precision, {}).items(), key=lambda item: -item[1])
             built[variant] = self._integers(variant, fp32.file, worst, _notes(variant, choices, self.levels))
-        if wanted["fp16"]:
-            built |= self._half("fp16", torch.float16, self.source.load(), wanted["fp16"])
+        for name, dtype in HALVES.items():
+            if wanted[name]:
+                built |= self._half(name, dtype, self.source.load(), wanted[name], self.directory)
+        quantized = [variant for variant in variants if variant.precision in MODES]
+        if quantized:
+            built |= self._quantized_for_tensorrt(quantized, built)
         return [built[variant] for variant in variants]
 
     def _trace(self, model: Loaded, what: str) -> ir.Model:
@@ -120,7 +127,7 @@ class Builder:
     def _lowered(
         self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
     ) -> dict[Variant, Built]:
-        """The files of one trace and that of their weights, except that a single one in fp16 holds its own.
+        """The files of one trace and that of their weights, except that a single one in 16 bits holds its own.
 
         The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
         """
@@ -175,19 +182,44 @@ class Builder:
     def _quantized(self, graph: ir.Model, variant: Variant, kept: Sequence[str]) -> ir.Model:
         if variant.precision == "int8":
             return quantize(graph, self.source.config, kept=kept, levels=self.levels)
-        return quantize_weights(
-            graph, self.source.config, bits=4 if variant.precision == "int4-weights" else 8, kept=kept
-        )
+        bits: Bits = 4 if variant.precision == "int4-weights" else 8
+        return quantize_weights(graph, self.source.config, bits=bits, kept=kept)
+
+    def _quantized_for_tensorrt(
+        self, variants: Sequence[Variant], built: Mapping[Variant, Built]
+    ) -> dict[Variant, Built]:
+        """Files made from those in fp16, one file of weights, every fourth text giving the scales."""
+        halves = dict.fromkeys(Variant(variant.target, "fp16") for variant in variants)
+        missing = [half for half in halves if half not in built]
+        if missing:
+            built = self._half("fp16", HALVES["fp16"], self.source.load(), missing, self.scratch)
+        batches = [(np.array([ids]), np.ones((1, len(ids)), np.int64)) for ids in self.on_text.texts.ids[::4]]
+        weights = SharedWeights(self.directory / f"{variants[0].file}_data")
+        notes = (f"Scales of inputs: the largest values on {len(batches)} of the texts, by ModelOpt.",)
+        quantized = {}
+        for variant in variants:
+            half = built[Variant(variant.target, "fp16")]
+            self.progress(f"{variant.precision}: measuring inputs of linear layers of {variant.target}")
+            graph = quantize_for_tensorrt(half.file, self.scratch, variant.precision, batches)
+            file = self.directory / variant.file
+            weights.save(graph, file)
+            del graph
+            gc.collect()  # it is full of cycles
+            text = self.on_text.compare(file, self.progress)
+            quantized[variant] = Built(
+                variant=variant, file=file, data_file=weights.file, ranges=half.ranges, text=text, notes=notes
+            )
+        return quantized
 
     def _half(
-        self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant]
+        self, precision: str, dtype: torch.dtype, model: Loaded, variants: Sequence[Variant], folder: Path
     ) -> dict[Variant, Built]:
         lengths = {min(length, self.source.max_length) for length in AUDIT_LENGTHS}
         inputs = [self._running_text(length) for length in sorted(lengths)]
         self.progress(f"{precision}: looking at the ranges of activations")
-        ranges = audit(model.encoder, inputs)
+        ranges = audit(model.encoder, inputs, dtype)
         to_half(model.encoder, dtype, ranges)
-        return self._lowered(self._trace(model, precision), variants, self.directory, ranges)
+        return self._lowered(self._trace(model, precision), variants, folder, ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""

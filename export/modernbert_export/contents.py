@@ -24,6 +24,7 @@ import onnxruntime
 
 from modernbert.errors import ParityError
 from modernbert_export.only_token import ONLY_TOKEN
+from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu, bf16_values
 from modernbert_export.trace import INPUTS
 
 # Multiples of the blocks of global layers (256 queries) and of the usual windows.
@@ -41,6 +42,7 @@ _BYTES = {
     "int32": 4,
     "uint8": 1,
     "int8": 1,
+    "Float8E4M3FN": 1,
     "bool": 1,
 }
 # ONNX Runtime's arena gives a value any free block of up to twice its size, and counts all of it.
@@ -136,9 +138,11 @@ def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
     )
     with tempfile.TemporaryDirectory() as scratch:
         options.profile_file_prefix = os.fspath(Path(scratch, "profile"))
-        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        runnable = bf16_on_cpu(proto).SerializeToString()
+        session = onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
         session.run(None, _feeds(session, tokens))
         events = json.loads(Path(session.end_profiling()).read_text())
+    half = bf16_values(proto)  # which ran as fp32
     bytes_of: dict[str, int] = collections.defaultdict(int)
     flops = 0
     for event in events:
@@ -147,7 +151,7 @@ def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
             continue
         inputs, outputs = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
         for name, described in zip(node.output, outputs, strict=False):
-            bytes_of[name] = max(bytes_of[name], _described_bytes(described))
+            bytes_of[name] = max(bytes_of[name], _described_bytes(described) // (2 if name in half else 1))
         if node.op_type in ("MatMul", "MatMulInteger"):
             (left,), (product,) = inputs[0].values(), outputs[0].values()
             flops += 2 * left[-1] * math.prod(product)

@@ -30,13 +30,14 @@ from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
 from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
+from modernbert_export.precision.modelopt import MODES, require_modelopt
 from modernbert_export.references import References, compute_references
 from modernbert_export.source import Source, mask_token, open_source
 from modernbert_export.tasks import EMBEDDING, FILL_MASK, TASKS
 from modernbert_export.tensorrt.lint import lint
 from modernbert_export.texts import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OUTPUTS
-from modernbert_export.variants import INTEGERS, Variant, choose_variants
+from modernbert_export.variants import INTEGERS, QUANTISED, Variant, choose_variants
 from modernbert_export.verify import fidelity_grid, verify, verify_head
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
@@ -95,10 +96,12 @@ def export(
     made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
-    integers = not made.isdisjoint(INTEGERS)
+    quantised = not made.isdisjoint(QUANTISED)
+    if made.intersection(MODES):
+        require_modelopt()
     texts = TextSet.read(
         source.path / "tokenizer.json",
-        max_tokens=min(source.max_length, MOST_TOKENS if text is not None or integers else FEW_TOKENS),
+        max_tokens=min(source.max_length, MOST_TOKENS if text is not None or quantised else FEW_TOKENS),
         file=text,
         hide_by=mask_token(source.path, source.config) if task == FILL_MASK else None,
     )
@@ -114,7 +117,7 @@ def export(
         encoder = model_for_task.encoder
         write_model_files(source, model_for_task.whole, partial)
         (partial / "onnx").mkdir()
-        with InputSampler(encoder) if integers else contextlib.nullcontext() as sampler:
+        with InputSampler(encoder) if made.intersection(INTEGERS) else contextlib.nullcontext() as sampler:
             on_text = OnText.of(model_for_task, texts, task, progress)
         with tempfile.TemporaryDirectory(dir=partial.parent, prefix=f"{partial.name}.") as scratch:
             builder = Builder(

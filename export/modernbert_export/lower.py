@@ -18,6 +18,7 @@ from modernbert_export.ops.op import MICROSOFT, OPSET, Target
 from modernbert_export.precision.weight_only import OPSET as BLOCKS_OPSET
 from modernbert_export.shared_shape import SharedShapePass
 from modernbert_export.skip_norm import SkipNormPass
+from modernbert_export.source_lines import SOURCE, fill_sources
 from modernbert_export.split_matmul import SplitMatMulPass
 
 IR_VERSION = 10
@@ -31,7 +32,7 @@ class TargetForm:
 
     `passes` rewrite the graph once its operators are standard ones; `domains` are those that its nodes may have beside
     the standard one, with their versions; `quadratic` allows values that grow with the square of the length, because
-    the target's engine fuses them away.
+    the target's engine fuses them away; `sources` keeps where each node comes from, for an engine that may refuse one.
     """
 
     opset: int = 20
@@ -39,10 +40,11 @@ class TargetForm:
     domains: Mapping[str, int]
     passes: tuple[type[ir.passes.InPlacePass], ...]
     quadratic: bool = False
+    sources: bool = False
 
 
 # Attention and RotaryEmbedding are operators since opset 23, which the TensorRT parser reads up to 24.
-_TENSORRT = TargetForm(opset=24, ir_version=11, domains={}, passes=(SplitMatMulPass,), quadratic=True)
+_TENSORRT = TargetForm(opset=24, ir_version=11, domains={}, passes=(SplitMatMulPass,), quadratic=True, sources=True)
 FORMS: Mapping[Target, TargetForm] = {
     "portable": TargetForm(domains={}, passes=(SplitMatMulPass,)),
     "openvino": TargetForm(domains={}, passes=(SplitMatMulPass,), quadratic=True),
@@ -88,7 +90,10 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     for rewrite in form.passes:
         rewrite()(model)
     common.RemoveUnusedNodesPass()(model)
+    sources = fill_sources(model.graph) if form.sources else {}
     common.ClearMetadataAndDocStringPass()(model)
+    for node, source in sources.items():
+        node.metadata_props[SOURCE] = source
     common.RemoveUnusedOpsetsPass()(model)
     model.ir_version = form.ir_version
     allowed = {"", *form.domains, *(() if inline else (OPSET.domain,))}

@@ -9,9 +9,14 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
+
 
 def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too."""
+    """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too.
+
+    A graph with bf16 runs as `bf16_on_cpu` has it.
+    """
     proto = onnx.load(onnx_file, load_external_data=False)
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
@@ -23,4 +28,5 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
     )
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    runnable = bf16_on_cpu(proto).SerializeToString()
+    return onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])

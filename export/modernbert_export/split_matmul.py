@@ -25,7 +25,7 @@ class SplitMatMulPass(ir.passes.InPlacePass):
             parts = _parts(weight, len(split.outputs))
             for output, part in zip(split.outputs, parts, strict=True):
                 model.graph.register_initializer(part)
-                product = ir.node("MatMul", [x, part])
+                product = ir.node("MatMul", [x, part], metadata_props=dict(matmul.metadata_props))
                 product.outputs[0].name, product.outputs[0].type = f"{output.name}_product", output.type
                 product.outputs[0].shape = output.shape
                 model.graph.insert_before(matmul, product)

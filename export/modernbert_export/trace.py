@@ -26,6 +26,7 @@ from modernbert_export.ops.local_attention import local_attention
 from modernbert_export.ops.local_attention_with_globals import local_attention_with_globals
 from modernbert_export.ops.op import HIDDEN_KEY
 from modernbert_export.ops.rotary import rotary
+from modernbert_export.source_lines import note_sources
 from modernbert_export.tasks import LOGITS, PooledHead
 
 OPSET_VERSION = 20
@@ -140,6 +141,7 @@ def trace(
         )
     assert program is not None
     graph = program.model.graph
+    note_sources(graph)
     for name, value in zip(hidden, graph.outputs[len(outputs) :], strict=True):
         node = value.producer()
         if node is not None and node.op_type == "Identity":  # an output that is something else's too

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from modernbert.errors import InputError
 from modernbert_export.lower import TargetForm, form_of
 from modernbert_export.ops.op import Target
+from modernbert_export.precision.modelopt import MODES
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 
 # Lowerings by the target that a user names. TensorRT gets two graphs, with the same weights: its local layers are dense
@@ -18,23 +19,30 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "ort-cuda": ("ort-cuda",),
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
-# Those that keep weights as integers: `int8` quantises what comes in as well, the others weights alone.
+# Those that are made from the portable fp32 file: `int8` quantises what comes in as well, the others weights alone.
 INTEGERS = ("int8", "int8-weights", "int4-weights")
+# Those that must prove themselves on text.
+QUANTISED = (*INTEGERS, *MODES)
 # Precisions by the same, the one first that is taken when none is named. Integers are for CPUs, where ONNX Runtime has
-# kernels for them.
+# kernels for them. bf16 is for GPUs: those kernels have next to none for it.
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", *INTEGERS),
     "openvino": ("fp32",),
-    "ort-cuda": ("fp32", "fp16"),
-    "tensorrt": ("fp16",),
+    "ort-cuda": ("fp32", "fp16", "bf16"),
+    "tensorrt": ("fp16", "bf16", *MODES),
 }
+# Not a graph of its own: a model repository of one of these.
+TRITON = "triton"
+FOR_TRITON = ("portable", "ort-cuda", "tensorrt")
 # The portable files have the names that transformers.js and optimum look for; the others' have their target in it.
 _FILES: Mapping[str, str] = {
     "fp32": "model.onnx",
     "fp16": "model_fp16.onnx",
+    "bf16": "model_bf16.onnx",
     "int8": "model_quantized.onnx",
     "int8-weights": "model_int8_weights.onnx",
     "int4-weights": "model_q4.onnx",
+    **{name: f"model_{name}.onnx" for name in MODES},
 }
 
 
@@ -60,6 +68,21 @@ class Variant:
     def max_length(self) -> int | None:
         """Most tokens that it is for, where that is less than the model takes."""
         return DENSE_LENGTH if self.target == "tensorrt-dense" else None
+
+
+def split_targets(targets: Sequence[str]) -> tuple[list[str], bool]:
+    """The targets that are graphs, and whether a repository for Triton is to be made of them.
+
+    Raises:
+        InputError: a target is unknown or named twice, or none of the graphs is one that Triton runs.
+    """
+    _check_names("target", targets, dict.fromkeys((*SUPPORTED, TRITON)))
+    graphs = [name for name in targets if name != TRITON]
+    if TRITON in targets and graphs and not set(graphs) & set(FOR_TRITON):
+        raise InputError(
+            f"target {TRITON} runs graphs of {', '.join(FOR_TRITON)}: name one of these beside it, or none"
+        )
+    return graphs or list(FOR_TRITON[:1]), TRITON in targets
 
 
 def choose_variants(targets: Sequence[str], precisions: Sequence[str] | None) -> tuple[Variant, ...]:

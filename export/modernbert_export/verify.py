@@ -28,7 +28,7 @@ from modernbert_export.source import mask_token, open_source
 from modernbert_export.tasks import EMBEDDING, FILL_MASK, LOGITS, TASKS, load_for_task
 from modernbert_export.texts import MOST_TOKENS, TextSet
 from modernbert_export.trace import OUTPUTS
-from modernbert_export.variants import INTEGERS
+from modernbert_export.variants import QUANTISED
 from modernbert_runtime.bundle import Bundle
 
 Array = NDArray[Any]
@@ -185,7 +185,7 @@ def verify_bundle(
                     f"{getattr(own, name)}; give the checkpoint that it was exported from"
                 )
     on_text = None
-    if text is not None or any(artifact.precision in INTEGERS for artifact in manifest.artifacts):
+    if text is not None or any(artifact.precision in QUANTISED for artifact in manifest.artifacts):
         texts = TextSet.read(
             bundle.path_of("tokenizer.json"),
             max_tokens=min(manifest.max_length, MOST_TOKENS),
@@ -224,7 +224,7 @@ def verify_bundle(
                 references=references,
                 progress=progress,
             )
-        if on_text is not None and (text is not None or artifact.precision in INTEGERS):
+        if on_text is not None and (text is not None or artifact.precision in QUANTISED):
             report = dataclasses.replace(report, text=on_text.compare(file, progress))
         reports.append(report)
     return reports

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from modernbert.cli.common import BundleArgument, ModelArgument, progress, quiet_libraries
+from modernbert.cli.triton import write_and_tell
+from modernbert.errors import InputError
 
 TextOption = Annotated[
     Path | None, typer.Option(help="One text a line, to compare embeddings on; default: a built-in set, for int8.")
@@ -24,14 +26,14 @@ def export(
         str,
         typer.Option(
             help="What the graphs are for: portable, openvino, ort-cuda, tensorrt, or several with commas between; "
-            "the first is the preferred one."
+            "the first is the preferred one. triton adds a model repository for Triton Inference Server."
         ),
     ] = "portable",
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, int8, or several with commas between, of which each target gets those that it has; "
-            "default: fp16 for tensorrt, else fp32."
+            help="fp32, fp16, bf16, int8, int8-qdq, fp8, or several with commas between, of which each target gets "
+            "those that it has; default: fp16 for tensorrt, else fp32."
         ),
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, cls or global; default: what the checkpoint says.")] = None,
@@ -50,13 +52,17 @@ def export(
     quiet_libraries()
     from modernbert_export.export import Exported
     from modernbert_export.export import export as export_model
+    from modernbert_export.variants import split_targets
 
+    targets, for_triton = split_targets(_names(target))
+    if for_triton and task != "embedding":
+        raise InputError(f"target triton serves embeddings; leave it out with task {task}")
     artifacts: list[Exported] = []
     with progress() as tell:
         manifest = export_model(
             model,
             out,
-            targets=_names(target),
+            targets=targets,
             precisions=None if precision is None else _names(precision),
             task=task,
             pooling=pooling,
@@ -82,23 +88,46 @@ def export(
         if artifact.report.text is not None:
             print(f"\n{artifact.report.text.to_markdown()}")
         print(f"\n{artifact.contents.to_markdown('in the graph')}", end="")
-    if any(artifact.variant.target == "tensorrt" for artifact in artifacts):
-        build_plans_or_say_why(out)
+    planned = "tensorrt" in targets and build_plans_or_say_why(out)
+    if for_triton:
+        write_repository_or_say_why(out, targets, planned=planned)
     print(f"\nTook {time.monotonic() - began:.0f} s{_peak_memory()}.")
 
 
-def build_plans_or_say_why(bundle: Path) -> None:
-    """Prints where the TensorRT plans of this machine are, or why there are none: the bundle is whole without them."""
+def build_plans_or_say_why(bundle: Path) -> bool:
+    """Prints where the TensorRT plans of this machine are, or why there are none: the bundle is whole without them.
+
+    Returns:
+        Whether there are any.
+    """
     from modernbert_export.tensorrt.build import plan_bundle
     from modernbert_runtime.errors import EngineError
 
     try:
         with progress() as tell:
-            print(f"\nTensorRT plans for this machine: {plan_bundle(bundle, progress=tell)}")
+            plans = plan_bundle(bundle, progress=tell)
+        print(f"\nTensorRT plans for this machine: {', '.join(map(str, plans))}")
+        return True
     except EngineError as error:
         print(
             f"\nNo TensorRT plans were built: {error}. On the machine that is to run them: "
             f"python -m modernbert_export.tensorrt {bundle}"
+        )
+        return False
+
+
+def write_repository_or_say_why(bundle: Path, targets: list[str], *, planned: bool) -> None:
+    """Writes `triton/` in the bundle: of its TensorRT plans if there are any, else of a graph for ONNX Runtime."""
+    out = bundle / "triton"
+    print()
+    if planned:
+        write_and_tell(bundle, out, encoder="tensorrt")
+    elif {"portable", "ort-cuda"} & set(targets):
+        write_and_tell(bundle, out, device="gpu" if "ort-cuda" in targets else "cpu")
+    else:
+        print(
+            "No Triton repository was written: it holds the plans. Once they are built: "
+            f"modernbert triton {bundle} --encoder tensorrt --out {out}"
         )
 
 

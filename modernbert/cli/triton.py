@@ -24,20 +24,25 @@ def triton(
     max_batch: Annotated[int | None, typer.Option(help="Most texts that run together.")] = None,
 ) -> None:
     """Write a model repository for Triton Inference Server: text in, embeddings out."""
-    from modernbert_export.triton import write_repository
-    from modernbert_runtime.bundle import Bundle
-
-    choices: Any = dict(encoder=encoder, device=device)
-    write_repository(
-        Bundle.open(bundle),
+    write_and_tell(
+        bundle,
         out,
         name=name,
+        encoder=encoder,
+        device=device,
         precision=precision,
         prompt_name=prompt,
         truncation=truncation,
         max_batch=max_batch,
-        **choices,
     )
+
+
+def write_and_tell(bundle: Path, out: Path, *, name: str = "modernbert", **options: Any) -> None:
+    """Writes the repository of a bundle and prints how to serve it; options are those of `write_repository`."""
+    from modernbert_export.triton import write_repository
+    from modernbert_runtime.bundle import Bundle
+
+    write_repository(Bundle.open(bundle), out, name=name, **options)
     print(
         f"{out}: models {name} (text -> embedding), {name}_tokenizer, {name}_encoder. The server's Python needs "
         f"modernbert-deploy:\n  pip install modernbert-deploy && tritonserver --model-repository {out}"

@@ -1,6 +1,7 @@
 """How large the values in each layer get, on text of up to the longest length: what 16 bits must hold.
 
-fp16 ends at 65,504. Where a layer comes near that, what overflows is computed in fp32 (`precision.half`).
+fp16 ends at 65,504. Where a layer comes near that, what overflows is computed in fp32 (`precision.half`). bf16 ends
+where fp32 does, so there the table is only to be read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from modernbert.model import ModernBertModel
 
 # Other text may reach further than the text seen here.
 HEADROOM = 4
-FP16_MAX = 65_504.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class LayerRange:
     """Largest absolute values in one layer.
 
     `residual` leaves the layer; `qkv` leaves Wqkv; `scores` bounds what softmax sees, by the norms of q and k; `gated`
-    enters mlp.Wo; `branch` leaves attn.Wo or mlp.Wo. `fp32` names the parts that 16 bits could not hold.
+    enters mlp.Wo; `branch` leaves attn.Wo or mlp.Wo. `limit` is the largest number of the type that is to hold them,
+    and `fp32` names the parts that it could not.
     """
 
     layer: int
@@ -35,11 +36,12 @@ class LayerRange:
     scores: float
     gated: float
     branch: float
+    limit: float
 
     @property
     def fp32(self) -> tuple[str, ...]:
         """ "attention", "mlp", both or none."""
-        limit = FP16_MAX / HEADROOM
+        limit = self.limit / HEADROOM
         attention = max(self.qkv, self.scores) > limit
         mlp = max(self.gated, self.branch) > limit
         return (*(("attention",) if attention else ()), *(("mlp",) if mlp else ()))
@@ -59,7 +61,8 @@ class LayerRange:
     def table(ranges: Sequence[LayerRange]) -> list[str]:
         """Lines of Markdown."""
         return [
-            "Largest absolute values (fp16 ends at 65,504; the residual stream, norms and angles are fp32 anyway):",
+            f"Largest absolute values (the type ends at {ranges[0].limit:.5g}; the residual stream, norms and angles "
+            "are fp32 anyway):",
             "",
             "| layer | residual | q, k, v | scores, at most | gated | branch | fp32 |",
             "|---|---|---|---|---|---|---|",
@@ -72,8 +75,13 @@ class LayerRange:
 
 
 @torch.no_grad()
-def audit(model: ModernBertModel, inputs: Sequence[Tensor]) -> tuple[LayerRange, ...]:
-    """Runs an fp32 model on token ids [S], one text after the other, and keeps each layer's largest values."""
+def audit(
+    model: ModernBertModel, inputs: Sequence[Tensor], dtype: torch.dtype = torch.float16
+) -> tuple[LayerRange, ...]:
+    """Runs an fp32 model on token ids [S], one text after the other, and keeps each layer's largest values.
+
+    `dtype` is what shall hold them.
+    """
     heads, size = model.config.num_attention_heads, model.config.head_dim
     found = [dict.fromkeys(("residual", "qkv", "scores", "gated", "branch"), 0.0) for _ in model.layers]
 
@@ -118,6 +126,6 @@ def audit(model: ModernBertModel, inputs: Sequence[Tensor]) -> tuple[LayerRange,
         for handle in handles:
             handle.remove()
     return tuple(
-        LayerRange(layer=index, kind=kind, **values)
+        LayerRange(layer=index, kind=kind, **values, limit=torch.finfo(dtype).max)
         for index, (kind, values) in enumerate(zip(model.config.layer_types, found, strict=True))
     )

@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m modernbert_export.tensorrt BUNDLE", file=sys.stderr)
         return 2
     try:
-        print(plan_bundle(Path(arguments[0]), progress=lambda message: print(message, file=sys.stderr)))
+        for plans in plan_bundle(Path(arguments[0]), progress=lambda message: print(message, file=sys.stderr)):
+            print(plans)
     except (InputError, ModernBertRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

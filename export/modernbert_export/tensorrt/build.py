@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
+from modernbert_export.source_lines import read_sources
 from modernbert_runtime.bundle import Bundle
-from modernbert_runtime.plan_store import FOLDER, PlanSource, remember
+from modernbert_runtime.plan_store import FOLDER, PLAN_GRAPHS, PlanSource, remember
 from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
 from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile, plan_profiles
 
@@ -22,21 +23,26 @@ Progress = Callable[[str], None]
 T = TypeVar("T")
 
 
-def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> Path:
-    """Builds the plans of a bundle for the GPU and TensorRT of this machine, in a directory below it.
+def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> list[Path]:
+    """Builds the plans of a bundle for the GPU and TensorRT of this machine, in directories below it.
 
     Up to `max_length` of the artifact `tensorrt-dense` they come from that graph, above it from the banded one. That
     length is chosen by counting work, not yet by measuring (`tensorrt_plan.DENSE_LENGTH`).
 
     Returns:
-        The directory.
+        The directories, one for each precision that the bundle has graphs in.
 
     Raises:
         BundleError: the bundle has no graphs for TensorRT, or is not whole.
         EngineError, InputError: as for `build_plans`.
     """
     bundle = Bundle.open(root)
-    source = PlanSource.of(bundle)
+    graphs = [artifact for artifact in bundle.manifest.artifacts if artifact.target == PLAN_GRAPHS[0]]
+    sources = [PlanSource.of(bundle, artifact.precision) for artifact in graphs] or [PlanSource.of(bundle)]
+    return [_plan_source(bundle, source, progress) for source in sources]
+
+
+def _plan_source(bundle: Bundle, source: PlanSource, progress: Progress) -> Path:
     profiles = plan_profiles(bundle.manifest.max_length)
     key = key_here(source.sha256, source.precision, profiles=profiles)
     out = bundle.root / FOLDER / key.folder
@@ -107,7 +113,8 @@ def _build(
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(file)):
-        errors = [describe(parser.get_error(index)) for index in range(parser.num_errors)]
+        sources = read_sources(file)
+        errors = [describe(parser.get_error(index), sources) for index in range(parser.num_errors)]
         raise InputError(f"TensorRT {trt.__version__} refuses {file.name!r}: {'; '.join(errors) or 'see its log'}")
     allow_decomposition(trt, network)
 
@@ -132,11 +139,13 @@ def _build(
     return bytes(plan)
 
 
-def describe(error: Any) -> str:
-    """One error of the parser: the node, its operator, and where in which function it stands."""
+def describe(error: Any, sources: Mapping[str, str]) -> str:
+    """One error of the parser: the node, its operator, where it stands, and the line of ours that it comes from."""
     stack = " in ".join(reversed(error.local_function_stack())) if error.local_function_stack_size() else ""
-    where = f"{error.node_operator()} {error.node_name()!r} (node {error.node()}{', in ' + stack if stack else ''})"
-    return f"{where}: {' '.join(error.desc().split())}"
+    details = [f"node {error.node()}", *([f"in {stack}"] if stack else [])]
+    if source := sources.get(error.node_name()):
+        details.append(f"from {source}")
+    return f"{error.node_operator()} {error.node_name()!r} ({', '.join(details)}): {' '.join(error.desc().split())}"
 
 
 def allow_decomposition(trt: Any, network: Any) -> int:

@@ -1,10 +1,10 @@
 """What TensorRT's ONNX parser would refuse or compute otherwise, found in the graph, without TensorRT.
 
-The rules are those of the parser's operator list (onnx-tensorrt, docs/operators.md, TensorRT 10.15 and 11) and of its
-importers; those on precision are ours. Each finding names the node. An engine may still fail to build: the lint proves
-that a graph has none of the known faults, not that it has no fault.
+The rules are those of the parser's operator list (onnx-tensorrt, docs/operators.md of TensorRT 10.15, opsets 9 to 24;
+NVIDIA's opset guide for 11.x says 25) and of its importers; those on precision are ours. Each finding names the node.
+An engine may still fail to build: the lint proves that a graph has none of the known faults, not that it has no fault.
 
-Letters of types: F fp32, fp16, bf16; I int32, int64; B bool.
+Letters of types: F fp32, fp16, bf16; I int32, int64; B bool; Q int8, fp8.
 """
 
 from __future__ import annotations
@@ -17,10 +17,20 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 OPSETS = range(9, 25)
+# What products and attention compute in, and what the values between QuantizeLinear and DequantizeLinear are.
+PRECISIONS = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "int8-qdq": TensorProto.FLOAT16,
+    "fp8": TensorProto.FLOAT16,
+}
+QUANTISED = {"int8-qdq": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 _TYPES = {
     "F": {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16},
     "I": {TensorProto.INT32, TensorProto.INT64},
     "B": {TensorProto.BOOL},
+    "Q": set(QUANTISED.values()),
 }
 # What an encoder may need, by the types of its data. Control flow is left out on purpose: engines with If or Loop are
 # not captured as CUDA graphs.
@@ -35,6 +45,8 @@ _OPERATORS = {
     **dict.fromkeys(("Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Shape", "Size", "Slice"), "FIB"),
     **dict.fromkeys(("Split", "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where"), "FIB"),
     **dict.fromkeys(("And", "Not", "Or", "Xor"), "B"),
+    "QuantizeLinear": "F",
+    "DequantizeLinear": "Q",
 }
 # Where the data is not the first input; these inputs must be constants of the file.
 _DATA_INPUT = {"Where": 1}
@@ -59,7 +71,7 @@ class Finding:
 
 
 def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Finding]:
-    """All faults of a graph that is to be built in a precision, "fp32" or "fp16"; none is what a file must have.
+    """All faults of a graph that is to be built in a precision of `PRECISIONS`; none is what a file must have.
 
     Args:
         model: loaded without its external weights where they are large: only small constants are looked at.
@@ -85,7 +97,8 @@ def lint(model: onnx.ModelProto, *, precision: str, islands: int = 0) -> list[Fi
 class _Lint:
     def __init__(self, model: onnx.ModelProto, precision: str) -> None:
         self.model, self.graph = model, model.graph
-        self.half = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[precision]
+        self.half, self.quantised = PRECISIONS[precision], QUANTISED.get(precision)
+        self.producers = {name: node for node in self.graph.node for name in node.output}
         values = [*self.graph.input, *self.graph.value_info, *self.graph.output]
         self.types = {value.name: value.type.tensor_type.elem_type for value in values}
         self.shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
@@ -103,6 +116,9 @@ class _Lint:
         for node in self.graph.node:
             rules = [self._operator, self._precision]
             rules += {"Attention": [self._attention], "RotaryEmbedding": [self._rotary]}.get(node.op_type, [])
+            rules += {"MatMul": [self._linear], "QuantizeLinear": [self._scale], "DequantizeLinear": [self._scale]}.get(
+                node.op_type, []
+            )
             for rule in rules:
                 for name, message in rule(node):
                     yield Finding(rule=name, where=f"{node.op_type} {node.name or node.output[0]!r}", message=message)
@@ -180,6 +196,27 @@ class _Lint:
     def _rotary(self, node: NodeProto) -> Iterator[tuple[str, str]]:
         if len(node.input) < 4 or self.types.get(node.input[3]) != TensorProto.INT64:
             yield "rotary", "position_ids must be given, as int64"
+
+    def _scale(self, node: NodeProto) -> Iterator[tuple[str, str]]:
+        """Quantisation is symmetric, by positive scales that are known when the engine is built."""
+        scale = self.constants.get(node.input[1])
+        if scale is None or not (np.isfinite(self._floats(scale)) & (self._floats(scale) > 0)).all():
+            yield "scale", f"the scale {node.input[1]!r} must be a positive constant of the file"
+        zero = self.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if zero is not None and numpy_helper.to_array(zero).astype(np.float32).any():
+            yield "scale", f"the zero point {node.input[2]!r} must be 0"
+        low = self.types.get(node.output[0] if node.op_type == "QuantizeLinear" else node.input[0])
+        if low != self.quantised:
+            yield "precision", f"quantised values must not be {TensorProto.DataType.Name(low or 0)} in this precision"
+
+    def _linear(self, node: NodeProto) -> Iterator[tuple[str, str]]:
+        """A product with weights has both sides quantised where the precision is, or it runs in 16 bits unnoticed."""
+        x, weight = (self._dequantised(name) for name in node.input)
+        if self.quantised is not None and not (x and weight) and (x or weight or node.input[1] in self.constants):
+            yield "precision", "both inputs of a linear layer must be quantised"
+
+    def _dequantised(self, name: str) -> bool:
+        return name in self.producers and self.producers[name].op_type == "DequantizeLinear"
 
     def _precision(self, node: NodeProto) -> Iterator[tuple[str, str]]:
         kind = self.types.get(node.input[0]) if node.input else None

@@ -12,7 +12,7 @@ from modernbert_runtime.embedder import Embedder
 from modernbert_runtime.manifest import Manifest
 
 # The lowest cosine with the reference that a vector may have for its time to count.
-MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.99}
+MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.999, "int8": 0.99}
 
 
 @dataclass(frozen=True)

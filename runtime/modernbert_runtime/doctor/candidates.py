@@ -39,7 +39,7 @@ def find_candidates(bundle: Bundle, no_gpu: str) -> list[Candidate]:
         bundle: what to run.
         no_gpu: why there is no GPU; "" where there is one.
     """
-    return [*_onnxruntime(bundle, no_gpu), *_openvino(bundle), _tensorrt(bundle, no_gpu)]
+    return [*_onnxruntime(bundle, no_gpu), *_openvino(bundle), *_tensorrt(bundle, no_gpu)]
 
 
 def _onnxruntime(bundle: Bundle, no_gpu: str) -> Iterator[Candidate]:
@@ -70,16 +70,15 @@ def _openvino(bundle: Bundle) -> Iterator[Candidate]:
         yield Candidate(name=f"openvino CPU {precision}", engine="openvino", precision=precision, missing=missing)
 
 
-def _tensorrt(bundle: Bundle, no_gpu: str) -> Candidate:
-    missing = no_gpu
-    precisions = _precisions(bundle, ("tensorrt-dense",))
-    if not missing:
-        try:
-            bundle_plans(bundle, None)
-        except (BundleError, EngineError) as error:
-            missing = one_line(error)
-    precision = precisions[0] if precisions else "fp16"
-    return Candidate(name=f"tensorrt {precision}", engine="tensorrt", precision=precision, missing=missing)
+def _tensorrt(bundle: Bundle, no_gpu: str) -> Iterator[Candidate]:
+    for precision in _precisions(bundle, ("tensorrt-dense",)) or ["fp16"]:
+        missing = no_gpu
+        if not missing:
+            try:
+                bundle_plans(bundle, precision)
+            except (BundleError, EngineError) as error:
+                missing = one_line(error)
+        yield Candidate(name=f"tensorrt {precision}", engine="tensorrt", precision=precision, missing=missing)
 
 
 def _precisions(bundle: Bundle, targets: tuple[str, ...]) -> list[str]:

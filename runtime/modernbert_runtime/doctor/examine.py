@@ -23,7 +23,7 @@ from modernbert_runtime.errors import EngineError, InputError
 LENGTHS = (64, 65, 512, 8192)
 # The lowest cosine that the hidden state of a token may have with the reference's. int8 promises its text vectors
 # rather than every token, and these ids are no text.
-MIN_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "int8": 0.9}
+MIN_COSINE = {"fp32": 0.999999, "fp16": 0.9999, "bf16": 0.999, "int8": 0.9}
 TIMEOUT_SECONDS = 600
 
 Cases = dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
