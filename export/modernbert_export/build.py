@@ -6,6 +6,7 @@ lowered for every target. int8 is made from the portable fp32 file. Graphs of on
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from modernbert.errors import ParityError
 from modernbert_export.lower import lower
+from modernbert_export.packed import trace_packed
 from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, smooth
 from modernbert_export.precision.half import to_half
@@ -34,6 +36,17 @@ Progress = Callable[[str], None]
 KEPT_SHARES = (0.0, 0.05, 0.1, 0.2)
 # Lengths whose ranges of activations are looked at, where the model takes them.
 AUDIT_LENGTHS = (512, 8192)
+
+
+def _shared_weights(folder: Path, variants: Sequence[Variant]) -> SharedWeights | None:
+    """The file of the weights of these graphs, except that a single one in fp16 holds its own.
+
+    It has the name that goes with the portable graph if there is one: transformers.js looks for it.
+    """
+    if len(variants) < 2 and all(variant.precision == "fp16" for variant in variants):
+        return None
+    named_by = min(variants, key=lambda variant: variant.listed_as != "portable")
+    return SharedWeights(folder / f"{named_by.file}_data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,26 +94,32 @@ class Builder:
         Raises:
             ParityError: int8 loses too much on the text, however much of it stays fp32.
         """
-        portable = Variant("portable", "fp32")
-        int8 = [variant for variant in variants if variant.precision == "int8"]
-        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16")}
+        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", "fp16", "int8")}
         choices = []
-        if int8:
+        if wanted["int8"]:
             self.progress("int8: measuring the error of each linear layer")
             choices = smooth(model.encoder, rows, self.levels)
         built: dict[Variant, Built] = {}
-        if wanted["fp32"] or int8:
-            graph = self._trace(model, "fp32")
-            built |= self._lowered(graph, wanted["fp32"], self.directory)
-        for variant in int8:
-            fp32 = built.get(portable) or self._lowered(graph, [portable], self.scratch)[portable]
-            built[variant] = self._int8(variant, fp32.file, choices)
+        weights = _shared_weights(self.directory, wanted["fp32"])
+        for packed in (False, True):
+            fp32, int8 = ([v for v in wanted[name] if v.packed == packed] for name in ("fp32", "int8"))
+            if not fp32 and not int8:
+                continue
+            graph = self._trace(model, "fp32", packed=packed)
+            built |= self._lowered(graph, fp32, self.directory, weights)
+            for variant in int8:
+                base = dataclasses.replace(variant, precision="fp32")
+                if base not in built:
+                    built |= self._lowered(graph, [base], self.scratch, _shared_weights(self.scratch, [base]))
+                built[variant] = self._int8(variant, built[base].file, choices)
         if wanted["fp16"]:
             built |= self._half("fp16", torch.float16, self.source.load(), wanted["fp16"])
         return [built[variant] for variant in variants]
 
-    def _trace(self, model: Loaded, what: str) -> ir.Model:
-        self.progress(f"tracing {what}")
+    def _trace(self, model: Loaded, what: str, *, packed: bool = False) -> ir.Model:
+        self.progress(f"tracing {what}{', packed' if packed else ''}")
+        if packed:
+            return trace_packed(model.encoder, pooling=self.source.pooling, normalize=self.source.normalize)
         return trace(
             model.encoder,
             pooling=self.source.pooling,
@@ -109,19 +128,17 @@ class Builder:
         )
 
     def _lowered(
-        self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
+        self,
+        traced: ir.Model,
+        variants: Sequence[Variant],
+        folder: Path,
+        weights: SharedWeights | None,
+        ranges: tuple[LayerRange, ...] = (),
     ) -> dict[Variant, Built]:
-        """The files of one trace and that of their weights, except that a single one in fp16 holds its own.
-
-        The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
-        """
-        weights = None
-        if len(variants) > 1 or any(variant.precision == "fp32" for variant in variants):
-            named_by = min(variants, key=lambda variant: variant.target != "portable")
-            weights = SharedWeights(folder / f"{named_by.file}_data")
+        """The files of one trace, with their weights in the file given or, without one, inside."""
         built = {}
         for variant in variants:
-            self.progress(f"lowering {variant.precision} to {variant.target} ONNX")
+            self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
             graph = lower(traced.clone(), variant.target)
             file = folder / variant.file
             if weights is None:
@@ -166,7 +183,8 @@ class Builder:
         self.progress(f"{precision}: looking at the ranges of activations")
         ranges = audit(model.encoder, inputs)
         to_half(model.encoder, dtype, ranges)
-        return self._lowered(self._trace(model, precision), variants, self.directory, ranges)
+        weights = _shared_weights(self.directory, variants)
+        return self._lowered(self._trace(model, precision), variants, self.directory, weights, ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""

@@ -12,21 +12,29 @@ Shapes: T tokens, B texts, C = B + 1 offsets, D hidden size, H heads, K size of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.attention import rotary_tables
-from modernbert.config import LayerType
+from modernbert.config import LayerType, ModernBertConfig
+from modernbert.errors import InputError
 from modernbert.model import ModernBertModel
 from modernbert_export.ops.packed_global_attention import packed_global_attention
 from modernbert_export.ops.packed_local_attention import packed_local_attention
 from modernbert_export.ops.rotary import rotary
+from modernbert_export.tasks import EMBEDDING
 from modernbert_export.trace import OUTPUTS, to_graph
 
-PACKED_INPUTS = ("input_ids", "position_ids", "cu_seqlens")
-_AXES = dict(zip(PACKED_INPUTS, (("tokens",), ("tokens",), ("bounds",)), strict=True))
+# Names of the inputs and of their axes.
+PACKED_INPUTS: Mapping[str, tuple[str, ...]] = {
+    "input_ids": ("tokens",),
+    "position_ids": ("tokens",),
+    "cu_seqlens": ("bounds",),
+}
 
 
 class TracedPackedEmbedder(nn.Module):
@@ -39,7 +47,7 @@ class TracedPackedEmbedder(nn.Module):
         self.model, self.pooling, self.normalize = model, pooling, normalize
 
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_C: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, then the hidden states: the input of every layer, [T, D]."""
+        """The outputs, then the hidden states: the input of every layer, [1, T, D]."""
         config = self.model.config
         scale = config.head_dim**-0.5
         document_T = documents(cu_seqlens_C, input_ids_T.shape[0])
@@ -48,16 +56,18 @@ class TracedPackedEmbedder(nn.Module):
             cos, sin = rotary_tables(position_ids_T, config.rope_theta(layer_type), config.head_dim, torch.float32)
             tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
 
-        def attend(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layer_type: LayerType) -> Tensor:
-            q, k, v = (y.transpose(0, 1)[None] for y in (q_THK, k_THK, v_THK))
+        def attend(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, layer_type: LayerType) -> Tensor:
+            q, k, v = (y.transpose(1, 2) for y in (q_1THK, k_1THK, v_1THK))
             table, scaled_table = tables[layer_type]
             attention = packed_global_attention if layer_type == "full_attention" else packed_local_attention
             y_1HTK = attention(
                 rotary(q, *scaled_table), rotary(k, *table), v, document_T, cu_seqlens_C, config.window_radius
             )
-            return y_1HTK[0].transpose(0, 1)
+            return y_1HTK.transpose(1, 2)
 
-        x_TD, hidden = self.model.encode(self.model.embeddings(input_ids_T), attend, keep_hidden=True)
+        # As one row: linear layers become the very products that the padded form has, with the very weights.
+        x_1TD, hidden = self.model.encode(self.model.embeddings(input_ids_T[None]), attend, keep_hidden=True)
+        x_TD = x_1TD[0]
         return x_TD, self._pool(x_TD, document_T, cu_seqlens_C), *hidden[:-1]
 
     def _pool(self, x_TD: Tensor, document_T: Tensor, cu_seqlens_C: Tensor) -> Tensor:
@@ -65,7 +75,7 @@ class TracedPackedEmbedder(nn.Module):
         if self.pooling == "cls":
             y_BD = x_TD[cu_seqlens_C[:-1].clamp(max=x_TD.shape[0] - 1)]
         else:
-            # A product with ones and zeros: a sum of exactly the text's own tokens.
+            # A product with ones and zeros: a sum of exactly the text's own tokens. The one matrix of size B * T.
             of_BT = (torch.arange(cu_seqlens_C.shape[0] - 1)[:, None] == document_T).to(x_TD.dtype)
             y_BD = of_BT @ x_TD / cu_seqlens_C.diff().clamp(min=1).to(x_TD.dtype)[:, None]
         return F.normalize(y_BD, dim=-1, eps=1e-12) if self.normalize else y_BD
@@ -80,12 +90,30 @@ def documents(cu_seqlens_C: Tensor, tokens: int) -> Tensor:
 
 def trace_packed(model: ModernBertModel, *, pooling: str, normalize: bool) -> ir.Model:
     """Traces the packed form; for the rest see `trace.trace`."""
-    bounds = torch.tensor((0, 90, 200))
-    example = (torch.ones(200, dtype=torch.int64), torch.arange(200) % 110, bounds)
-    return to_graph(
+    example = (torch.ones(200, dtype=torch.int64), torch.arange(200) % 110, torch.tensor((0, 110, 200)))
+    # A tracer tells one text from several, where ONNX does not: the graph takes any number.
+    dims = {"tokens": torch.export.Dim("tokens"), "bounds": torch.export.Dim("bounds", min=3)}
+    graph = to_graph(
         TracedPackedEmbedder(model, pooling, normalize=normalize),
         dict(zip(PACKED_INPUTS, example, strict=True)),
-        _AXES,
+        {name: [dims[axis] for axis in axes] for name, axes in PACKED_INPUTS.items()},
         OUTPUTS,
         [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)],
     )
+    graph.graph.outputs[1].shape = ir.Shape(["texts", model.config.hidden_size])
+    return graph
+
+
+def check_packable(config: ModernBertConfig, task: str) -> None:
+    """Refuses what has no packed form.
+
+    Raises:
+        InputError: another task than embedding, or a model with global tokens.
+    """
+    if task != EMBEDDING:
+        raise InputError(f"packed is there for task {EMBEDDING} only, not {task}; leave it out")
+    if config.num_global_tokens:
+        raise InputError(
+            f"packed is not there for models with global tokens: num_global_tokens is {config.num_global_tokens}; "
+            "leave it out"
+        )

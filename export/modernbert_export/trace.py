@@ -121,13 +121,14 @@ def trace(
         hidden.append(OUTPUTS[0])
     module = TracedEmbedder(model, PooledHead(pooling, normalize=normalize) if head is None else head)
     example = {name: torch.ones(EXAMPLE_SHAPE, dtype=torch.int64) for name in INPUTS}
-    return to_graph(module, example, dict.fromkeys(INPUTS, ("batch", "sequence")), outputs, hidden)
+    axes = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    return to_graph(module, example, dict.fromkeys(INPUTS, axes), outputs, hidden)
 
 
 def to_graph(
     module: nn.Module,
     example: Mapping[str, Tensor],
-    axes: Mapping[str, Sequence[str]],
+    axes: Mapping[str, Sequence[torch.export.Dim]],
     outputs: Sequence[str],
     hidden: Sequence[str],
 ) -> ir.Model:
@@ -136,13 +137,12 @@ def to_graph(
     Args:
         module: takes the inputs in order; gives the outputs, then the values called `hidden`.
         example: name -> input; each a tensor of its own, for one given twice would be traced as one input.
-        axes: name of an input -> names of its axes, all dynamic; axes of one name are of one size.
+        axes: name of an input -> its axes, all dynamic.
         outputs: names of the graph's outputs.
         hidden: names of values that stay inside.
     """
     for op in OPS:
         op.register_schema()
-    dims = {name: torch.export.Dim(name) for names in axes.values() for name in names}
     # torch.onnx prints its progress and warns of packages that it could use.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -154,7 +154,7 @@ def to_graph(
             output_names=[*outputs, *hidden],
             opset_version=OPSET_VERSION,
             dynamo=True,
-            dynamic_shapes=tuple({axis: dims[n] for axis, n in enumerate(axes[name])} for name in example),
+            dynamic_shapes=tuple(dict(enumerate(axes[name])) for name in example),
             custom_translation_table={op.torch_op: op.node for op in OPS},
             optimize=False,  # `lower` does it, once
         )

@@ -32,16 +32,12 @@ def packed_global_attention(
 
 
 @packed_global_attention.register_fake
-def _(
-    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
-) -> Tensor:
+def _(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
     return torch.empty_like(q_1HTK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedGlobalAttention(
-        q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius
-    )
+    return OPSET.ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius)
 
 
 @script(OPSET)

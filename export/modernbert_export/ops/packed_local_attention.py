@@ -38,16 +38,12 @@ def _attend(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, seen_TT: Tensor) -> 
 
 
 @packed_local_attention.register_fake
-def _(
-    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
-) -> Tensor:
+def _(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
     return torch.empty_like(q_1HTK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedLocalAttention(
-        q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius
-    )
+    return OPSET.ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius)
 
 
 @script(OPSET)
@@ -71,9 +67,7 @@ def ModernBertPackedBand(document, cu_seqlens, radius: int):
     beyond_NL = op.Not(op.Equal(key_NL, nearest_NL))
     far_WL = op.Abs(offset_L - op.Unsqueeze(offset_W, [1])) > radius
     key_document_NL = op.Where(beyond_NL, -1, op.Gather(document, nearest_NL))
-    other_NWL = op.Not(
-        op.Equal(op.Unsqueeze(key_document_NL, [1]), op.Unsqueeze(op.Gather(document, query_NW), [2]))
-    )
+    other_NWL = op.Not(op.Equal(op.Unsqueeze(key_document_NL, [1]), op.Unsqueeze(op.Gather(document, query_NW), [2])))
     return query_NW, nearest_NL, op.Where(op.Or(other_NWL, far_WL), HIDDEN_KEY, 0.0)
 
 
