@@ -24,6 +24,8 @@ from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, QUERY_BLOCK
 from modernbert_export.ops.local_attention import LOCAL_ATTENTION
 from modernbert_export.ops.local_attention_with_globals import LOCAL_ATTENTION_WITH_GLOBALS as WITH_GLOBALS
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
+from modernbert_export.ops.packed_global_attention import PACKED_GLOBAL_ATTENTION
+from modernbert_export.ops.packed_local_attention import PACKED_LOCAL_ATTENTION
 from modernbert_export.ops.rotary import ROTARY
 
 HEADS, SIZE = 2, 6
@@ -80,7 +82,11 @@ def one_node_model(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: 
     op.register_schema()
     node = helper.make_node(op.name, op.inputs, ["y"], domain=OPSET.domain, **attributes)
     inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}{axis}" for axis in range(rank)])
+        helper.make_tensor_value_info(
+            name,
+            TensorProto.INT64 if name in op.integer_inputs else TensorProto.FLOAT,
+            [f"{name}{axis}" for axis in range(rank)],
+        )
         for name, rank in zip(op.inputs, ranks, strict=True)
     ]
     graph = helper.make_graph(
@@ -105,7 +111,9 @@ def session(op: GraphOp, target: Any, attributes: dict[str, Any], ranks: list[in
 
 
 def run(session: onnxruntime.InferenceSession, op: GraphOp, *inputs: Tensor) -> Tensor:
-    feed = {name: x.float().numpy() for name, x in zip(op.inputs, inputs, strict=True)}
+    feed = {
+        name: (x.float() if x.is_floating_point() else x).numpy() for name, x in zip(op.inputs, inputs, strict=True)
+    }
     return torch.from_numpy(session.run(None, feed)[0]).double()
 
 
@@ -121,7 +129,9 @@ def on_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def test_every_operator_is_tested_here() -> None:
-    assert [op.name for op in OPS] == [op.name for op in (ROTARY, LOCAL_ATTENTION, WITH_GLOBALS, GLOBAL_ATTENTION)]
+    here = (ROTARY, LOCAL_ATTENTION, WITH_GLOBALS, GLOBAL_ATTENTION)
+    in_test_packed = (PACKED_LOCAL_ATTENTION, PACKED_GLOBAL_ATTENTION)
+    assert [op.name for op in OPS] == [op.name for op in (*here, *in_test_packed)]
     for op in OPS:
         assert not onnx.defs.has(op.name), f"{op.name} is the name of a built-in operator"
         assert set(op.bodies) == set(TARGETS)

@@ -7,6 +7,7 @@ ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modernbert.errors import ParityError
 from modernbert_export.lower import lower
 from modernbert_export.on_text import Fidelity, OnText
 from modernbert_export.only_token import add_only_token, has_only_token
+from modernbert_export.packed import trace_packed
 from modernbert_export.precision.audit import LayerRange, audit
 from modernbert_export.precision.calibrate import LinearChoice, Rows, smooth, weight_errors
 from modernbert_export.precision.half import to_half
@@ -40,6 +42,17 @@ KEPT_SHARES = {"int8": (0.0, 0.05, 0.1, 0.2), "int8-weights": (0.0,), "int4-weig
 # Lengths whose ranges of activations are looked at, where the model takes them.
 AUDIT_LENGTHS = (512, 8192)
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _shared_weights(folder: Path, variants: Sequence[Variant]) -> SharedWeights | None:
+    """The file of the weights of these graphs, except that a single one in 16 bits holds its own.
+
+    It has the name that goes with the portable graph if there is one: transformers.js looks for it.
+    """
+    if len(variants) < 2 and all(variant.precision in HALVES for variant in variants):
+        return None
+    named_by = min(variants, key=lambda variant: variant.listed_as != "portable")
+    return SharedWeights(folder / f"{named_by.file}_data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,28 +98,34 @@ class Builder:
         Raises:
             ParityError: integers lose too much on the text, however many layers are kept finer.
         """
-        portable = Variant("portable", "fp32")
-        integers = [variant for variant in variants if variant.precision in INTEGERS]
         wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", *HALVES)}
+        precisions = {variant.precision for variant in variants}
         choices: list[LinearChoice] = []
         errors: dict[str, dict[str, float]] = {}
-        if any(variant.precision == "int8" for variant in integers):
+        if "int8" in precisions:
             self.progress("int8: measuring the error of each linear layer")
             choices = smooth(model.encoder, rows, self.levels)
             errors["int8"] = {choice.name: choice.error for choice in choices}
-        if any(variant.precision == "int4-weights" for variant in integers):
+        if "int4-weights" in precisions:
             self.progress("int4-weights: measuring the error of each linear layer")
             errors["int4-weights"] = weight_errors(model.encoder, rows, 4)
         built: dict[Variant, Built] = {}
-        if wanted["fp32"] or integers:
-            graph = self._trace(model, "fp32")
-            built |= self._lowered(graph, wanted["fp32"], self.directory)
-        if integers:
-            fp32 = built.get(portable) or self._lowered(graph, [portable], self.scratch)[portable]
+        weights = _shared_weights(self.directory, wanted["fp32"])
+        for packed in (False, True):
+            fp32, integers = (
+                [v for v in variants if v.precision in names and v.packed == packed] for names in (("fp32",), INTEGERS)
+            )
+            if not fp32 and not integers:
+                continue
+            graph = self._trace(model, "fp32", packed=packed)
+            built |= self._lowered(graph, fp32, self.directory, weights)
+            for variant in integers:
+                base = dataclasses.replace(variant, precision="fp32")
+                if base not in built:
+                    built |= self._lowered(graph, [base], self.scratch, _shared_weights(self.scratch, [base]))
+                worst = sorted(errors.get(variant.precision, {}).items(), key=lambda item: -item[1])
+                built[variant] = self._integers(variant, built[base].file, worst, _notes(variant, choices, self.levels))
             del graph
-        for variant in integers:
-            worst = sorted(errors.get(variant.precision, {}).items(), key=lambda item: -item[1])
-            built[variant] = self._integers(variant, fp32.file, worst, _notes(variant, choices, self.levels))
         for name, dtype in HALVES.items():
             if wanted[name]:
                 built |= self._half(name, dtype, self.source.load(), wanted[name], self.directory)
@@ -115,8 +134,10 @@ class Builder:
             built |= self._quantized_for_tensorrt(quantized, built)
         return [built[variant] for variant in variants]
 
-    def _trace(self, model: Loaded, what: str) -> ir.Model:
-        self.progress(f"tracing {what}")
+    def _trace(self, model: Loaded, what: str, *, packed: bool = False) -> ir.Model:
+        self.progress(f"tracing {what}{', packed' if packed else ''}")
+        if packed:
+            return trace_packed(model.encoder, pooling=self.source.pooling, normalize=self.source.normalize)
         return trace(
             model.encoder,
             pooling=self.source.pooling,
@@ -125,19 +146,17 @@ class Builder:
         )
 
     def _lowered(
-        self, traced: ir.Model, variants: Sequence[Variant], folder: Path, ranges: tuple[LayerRange, ...] = ()
+        self,
+        traced: ir.Model,
+        variants: Sequence[Variant],
+        folder: Path,
+        weights: SharedWeights | None,
+        ranges: tuple[LayerRange, ...] = (),
     ) -> dict[Variant, Built]:
-        """The files of one trace and that of their weights, except that a single one in 16 bits holds its own.
-
-        The weights have the name that goes with the portable graph if there is one: transformers.js looks for it.
-        """
-        weights = None
-        if len(variants) > 1 or any(variant.precision == "fp32" for variant in variants):
-            named_by = min(variants, key=lambda variant: variant.target != "portable")
-            weights = SharedWeights(folder / f"{named_by.file}_data")
+        """The files of one trace, with their weights in the file given or, without one, inside."""
         built = {}
         for variant in variants:
-            self.progress(f"lowering {variant.precision} to {variant.target} ONNX")
+            self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
             graph = lower(traced.clone(), variant.target)
             if has_only_token(self.source.task, variant.target):
                 add_only_token(graph)
@@ -219,7 +238,8 @@ class Builder:
         self.progress(f"{precision}: looking at the ranges of activations")
         ranges = audit(model.encoder, inputs, dtype)
         to_half(model.encoder, dtype, ranges)
-        return self._lowered(self._trace(model, precision), variants, folder, ranges)
+        weights = _shared_weights(folder, variants)
+        return self._lowered(self._trace(model, precision), variants, folder, weights, ranges)
 
     def _running_text(self, tokens: int) -> torch.Tensor:
         """The texts one behind the other, again and again, cut to a length."""

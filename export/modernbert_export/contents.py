@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 
 from modernbert.errors import ParityError
 from modernbert_export.only_token import ONLY_TOKEN
+from modernbert_export.packed import PACKED_INPUTS
+from modernbert_export.packed_session import packed_feed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu, bf16_values
 from modernbert_export.trace import INPUTS
 
@@ -59,7 +62,8 @@ class Contents:
     `operators` counts nodes, those inside loops too; `weight_bytes` are its constants; `flops` and `activation_bytes`
     map a number of tokens, as text, to what one row of that many takes: products of matrices and attention only, and
     the most that is alive at once beside the weights when every value stays until its last reader has run, times
-    `ARENA`. An engine that fuses nodes or works in place needs less.
+    `ARENA`. An engine that fuses nodes or works in place needs less. A packed graph chooses by the texts' lengths how
+    it computes: its memory is that of the worst, its arithmetic that of one text.
     """
 
     operators: Mapping[str, int]
@@ -126,6 +130,19 @@ class _Probe:
 
 
 def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
+    if not _is_packed(proto.graph):
+        return _run(file, proto, {name: np.ones((1, tokens), np.int64) for name in INPUTS})
+    forms = (tokens,), (tokens // 2, tokens // 2)
+    runs = [_run(file, proto, packed_feed([np.ones(n, np.int64) for n in lengths])) for lengths in forms]
+    names = {name for run in runs for name in run.bytes_of}
+    return _Probe(bytes_of={name: max(r.bytes_of.get(name, 0) for r in runs) for name in names}, flops=runs[0].flops)
+
+
+def _is_packed(graph: onnx.GraphProto) -> bool:
+    return "cu_seqlens" in {value.name for value in graph.input}
+
+
+def _run(file: Path, proto: onnx.ModelProto, feed: Mapping[str, NDArray[np.int64]]) -> _Probe:
     nodes = {}
     for index, node in enumerate(node for graph in _graphs(proto.graph) for node in graph.node):
         node.name = f"node_{index}"  # the profile tells nodes apart by their names
@@ -140,7 +157,7 @@ def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
         options.profile_file_prefix = os.fspath(Path(scratch, "profile"))
         runnable = bf16_on_cpu(proto).SerializeToString()
         session = onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
-        session.run(None, _feeds(session, tokens))
+        session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
     half = bf16_values(proto)  # which ran as fp32
     bytes_of: dict[str, int] = collections.defaultdict(int)
@@ -246,7 +263,7 @@ def _check_rotary(graph: onnx.GraphProto, file: str) -> None:
             if name not in seen:
                 seen.add(name)
                 ahead += producers[name].input if name in producers else []
-        if not seen.intersection(INPUTS):
+        if not seen.intersection((*INPUTS, *PACKED_INPUTS)):
             raise ParityError(f"{file}: {node.op_type} {node.name!r} does not depend on the input's length")
     if not sines:
         raise ParityError(f"{file}: no Sin or Cos is computed, so rotary tables must be stored")

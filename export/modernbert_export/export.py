@@ -26,6 +26,7 @@ from modernbert_export.contents import Contents, read_contents
 from modernbert_export.lower import TargetForm
 from modernbert_export.on_text import OnText
 from modernbert_export.only_token import ONLY_TOKEN
+from modernbert_export.packed import PACKED_INPUTS, check_packable
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
@@ -46,6 +47,7 @@ Progress = Callable[[str], None]
 
 # What an export writes beside its weights (tokenizer, graphs), with room to spare.
 EXTRA_BYTES = 64 << 20
+TOKEN_AXES = ("batch", "sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ def export(
     max_length: int | None = None,
     text: str | os.PathLike[str] | None = None,
     reduce_range: bool | None = None,
+    packed: bool = False,
     progress: Progress = lambda _: None,
     proven: Callable[[Exported], None] = lambda _: None,
 ) -> Manifest:
@@ -85,6 +88,7 @@ def export(
         max_length: most tokens of a text; by default what the checkpoint says.
         text: file with one text a line, on which integers are chosen and proven; built-in ones when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
+        packed: portable graphs in packed form too (`modernbert_export.packed`), for this project's own runtime.
         progress: is told what is being done, in a few words.
         proven: is told of each artifact that passed, with its report and what is in the graph.
 
@@ -92,10 +96,12 @@ def export(
         InputError: the checkpoint or a parameter cannot be used.
         ParityError: a graph does not compute what PyTorch does.
     """
-    variants = choose_variants(targets, precisions)
+    variants = choose_variants(targets, precisions, packed=packed)
     made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
+    if packed:
+        check_packable(source.config, task)
     quantised = not made.isdisjoint(QUANTISED)
     if made.intersection(MODES):
         require_modelopt()
@@ -133,7 +139,7 @@ def export(
         gc.collect()  # graphs are full of cycles
         for one in built:
             outputs = None if embeds else TASKS[task].outputs(source.config)
-            check_saved(one.file, one.variant.form, outputs)
+            check_saved(one.file, one.variant.form, outputs, packed=one.variant.packed)
             _check_lint(one, with_globals=source.config.num_global_tokens > 0)
         artifacts = []
         for one in built:
@@ -159,7 +165,7 @@ def export(
             prompts=source.prompts,
             artifacts=tuple(
                 Artifact(
-                    target=artifact.variant.target,
+                    target=artifact.variant.listed_as,
                     precision=artifact.variant.precision,
                     file=artifact.file,
                     data_file=artifact.data_file,
@@ -241,12 +247,15 @@ def _check_lint(built: Built, *, with_globals: bool) -> None:
             raise ParityError(f"{built.file.name}: TensorRT would not build what was meant:\n{listed}")
 
 
-def check_saved(file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str | int]] | None = None) -> None:
+def check_saved(
+    file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str | int]] | None = None, *, packed: bool = False
+) -> None:
     """Reads a saved graph back and refuses a frozen axis, another form than its target's, or a function left.
 
     Args:
         file: the graph.
         outputs: name -> axes of what it must give; those of an embedding model when absent.
+        packed: whether it is of the packed form.
 
     Raises:
         ParityError: the file is not what was meant.
@@ -258,16 +267,18 @@ def check_saved(file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values
     }
     types = {value.name: value.type.tensor_type.elem_type for value in values}
-    wanted: dict[str, list[str | int]] = {name: ["batch", "sequence"] for name in INPUTS}
+    inputs: Mapping[str, Sequence[str | int]] = PACKED_INPUTS if packed else dict.fromkeys(INPUTS, TOKEN_AXES)
+    wanted = {name: list(shape) for name, shape in inputs.items()}
     if outputs is None:
         hidden = axes[OUTPUTS[0]][-1]
-        outputs = {OUTPUTS[0]: ["batch", "sequence", hidden], OUTPUTS[1]: ["batch", hidden]}
+        tokens, texts = (PACKED_INPUTS["input_ids"], "texts") if packed else (TOKEN_AXES, "batch")
+        outputs = {OUTPUTS[0]: [*tokens, hidden], OUTPUTS[1]: [texts, hidden]}
     wanted |= {name: list(shape) for name, shape in outputs.items()}
     integers, floats = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     opsets = {opset.domain: opset.version for opset in proto.opset_import}
     for what, got, want in (
         ("axes", axes, wanted),
-        ("types", types, dict.fromkeys(INPUTS, integers) | dict.fromkeys(outputs, floats)),
+        ("types", types, dict.fromkeys(inputs, integers) | dict.fromkeys(outputs, floats)),
         ("opsets", opsets, {"": form.opset, **form.domains}),
         ("ir_version", proto.ir_version, form.ir_version),
         ("functions", [function.name for function in proto.functions], []),

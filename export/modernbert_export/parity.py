@@ -60,7 +60,8 @@ class Case:
     """One input of the grid: a seeded batch [batch, length] with its padding.
 
     All cases of one length hold the same two texts, one of that length and one of half of it: a row must come out the
-    same whatever stands beside it and wherever its padding is, so one reference serves them all.
+    same whatever stands beside it and wherever its padding is, so one reference serves them all. Packed with texts of
+    other cases, `padding` says in which order.
     """
 
     batch: int

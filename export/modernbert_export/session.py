@@ -9,13 +9,14 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
+from modernbert_export.packed_session import PackedSession
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
 
 
-def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession:
+def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession | PackedSession:
     """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too.
 
-    A graph with bf16 runs as `bf16_on_cpu` has it.
+    It takes padded batches, whatever the graph's form; one with bf16 runs as `bf16_on_cpu` has it.
     """
     proto = onnx.load(onnx_file, load_external_data=False)
     present = {value.name for value in proto.graph.output}
@@ -29,4 +30,5 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
         "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
     )
     runnable = bf16_on_cpu(proto).SerializeToString()
-    return onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
+    return PackedSession(session) if "cu_seqlens" in {value.name for value in proto.graph.input} else session

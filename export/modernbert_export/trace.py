@@ -2,7 +2,7 @@
 
 The result is an `onnx_ir.Model` whose nodes of the domain `modernbert` have no body yet: `lower` gives them one per
 target. Inputs `input_ids` and `attention_mask`, int64 [batch, sequence]; outputs `last_hidden_state` [batch,
-sequence, dim] and `sentence_embedding` [batch, dim], or those of another head (`tasks`).
+sequence, dim] and `sentence_embedding` [batch, dim], or those of another head (`tasks`). `packed` has another form.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -115,27 +116,46 @@ def trace(
         normalize: whether it has unit length.
         head: gives `logits` in place of an embedding; see `tasks`.
     """
-    for op in OPS:
-        op.register_schema()
     outputs = OUTPUTS if head is None else (LOGITS,)
     hidden = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     if OUTPUTS[0] not in outputs:
         hidden.append(OUTPUTS[0])
-    # Two tensors: one given twice would be traced as one input.
-    example = tuple(torch.ones(EXAMPLE_SHAPE, dtype=torch.int64) for _ in INPUTS)
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
+    module = TracedEmbedder(model, PooledHead(pooling, normalize=normalize) if head is None else head)
+    example = {name: torch.ones(EXAMPLE_SHAPE, dtype=torch.int64) for name in INPUTS}
+    axes = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    return to_graph(module, example, dict.fromkeys(INPUTS, axes), outputs, hidden)
+
+
+def to_graph(
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    axes: Mapping[str, Sequence[torch.export.Dim]],
+    outputs: Sequence[str],
+    hidden: Sequence[str],
+) -> ir.Model:
+    """Traces a module with our operators as nodes without a body.
+
+    Args:
+        module: takes the inputs in order; gives the outputs, then the values called `hidden`.
+        example: name -> input; each a tensor of its own, for one given twice would be traced as one input.
+        axes: name of an input -> its axes, all dynamic.
+        outputs: names of the graph's outputs.
+        hidden: names of values that stay inside.
+    """
+    for op in OPS:
+        op.register_schema()
     # torch.onnx prints its progress and warns of packages that it could use.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            TracedEmbedder(model, PooledHead(pooling, normalize=normalize) if head is None else head).eval(),
-            example,
-            input_names=INPUTS,
+            module.eval(),
+            tuple(example.values()),
+            input_names=list(example),
             output_names=[*outputs, *hidden],
             opset_version=OPSET_VERSION,
             dynamo=True,
-            dynamic_shapes=(axes, axes),
+            dynamic_shapes=tuple(dict(enumerate(axes[name])) for name in example),
             custom_translation_table={op.torch_op: op.node for op in OPS},
             optimize=False,  # `lower` does it, once
         )

@@ -1,14 +1,15 @@
-"""Which artifacts an export makes: pairs of a lowering and a precision, and the names of their files."""
+"""Which artifacts an export makes: a lowering, a precision and a form each, and the names of their files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modernbert.errors import InputError
 from modernbert_export.lower import TargetForm, form_of
 from modernbert_export.ops.op import Target
 from modernbert_export.precision.modelopt import MODES
+from modernbert_runtime.manifest import PACKED
 from modernbert_runtime.tensorrt_plan import DENSE_LENGTH
 
 # Lowerings by the target that a user names. TensorRT gets two graphs, with the same weights: its local layers are dense
@@ -44,20 +45,28 @@ _FILES: Mapping[str, str] = {
     "int4-weights": "model_q4.onnx",
     **{name: f"model_{name}.onnx" for name in MODES},
 }
+# Precisions that the packed form of the portable graph has.
+PACKED_PRECISIONS = ("fp32", "int8")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One artifact to make."""
+    """One artifact to make. `packed` is the form of `modernbert_export.packed`."""
 
     target: Target
     precision: str
+    packed: bool = False
 
     @property
     def file(self) -> str:
         """Name of its graph file."""
         name = _FILES[self.precision]
-        return name if self.target == "portable" else name.replace("model", f"model_{self.target}", 1)
+        return name if self.listed_as == "portable" else name.replace("model", f"model_{self.listed_as}", 1)
+
+    @property
+    def listed_as(self) -> str:
+        """Its target in the manifest, where whoever wants padded graphs does not find packed ones."""
+        return PACKED if self.packed else self.target
 
     @property
     def form(self) -> TargetForm:
@@ -85,8 +94,12 @@ def split_targets(targets: Sequence[str]) -> tuple[list[str], bool]:
     return graphs or list(FOR_TRITON[:1]), TRITON in targets
 
 
-def choose_variants(targets: Sequence[str], precisions: Sequence[str] | None) -> tuple[Variant, ...]:
+def choose_variants(
+    targets: Sequence[str], precisions: Sequence[str] | None, *, packed: bool = False
+) -> tuple[Variant, ...]:
     """What to make for these targets: each in those of the precisions that it has, by default in its usual one.
+
+    `packed` adds the packed form to the portable graphs; other tools read those, so it does not come without them.
 
     Raises:
         InputError: a target or precision is unknown or named twice, or one goes with none of the other.
@@ -104,6 +117,14 @@ def choose_variants(targets: Sequence[str], precisions: Sequence[str] | None) ->
                 f"precision for target {target} must be one of {', '.join(SUPPORTED[target])}, not {', '.join(wanted)}"
             )
         variants += [Variant(lowering, name) for name in chosen for lowering in LOWERINGS[target]]
+    if packed:
+        padded = [one for one in variants if one.target == "portable" and one.precision in PACKED_PRECISIONS]
+        if not padded:
+            raise InputError(
+                f"packed goes with target portable in {' or '.join(PACKED_PRECISIONS)}, and none of these is asked "
+                "for; leave it out, or add one"
+            )
+        variants += [replace(one, packed=True) for one in padded]
     return tuple(variants)
 
 

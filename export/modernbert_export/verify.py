@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
 from modernbert_export.on_text import OnText
+from modernbert_export.packed_session import PackedSession, packed_feed
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
 from modernbert_export.references import TRANSFORMERS, References, compute_references
 from modernbert_export.session import open_session
@@ -93,11 +94,38 @@ def verify(
             pooled = _pool(hidden[case], references.summary[name].get(case), feed["attention_mask"], pooling, normalize)
             wanted = {OUTPUTS[0]: hidden[case], OUTPUTS[1]: pooled}
             rows.append(_compare(case, name, feed["attention_mask"] != 0, actual, wanted, pooling))
+    if isinstance(session, PackedSession):
+        progress("parity: ONNX Runtime, texts of all lengths packed together")
+        rows += _compare_mixes(session, cases, references, pooling, normalize)
     del session
     rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
     notes = () if TRANSFORMERS in references.hidden else (NO_SECOND,)
     report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows), notes=notes)
     return _with_first_difference(report, onnx_file, reference)
+
+
+def _compare_mixes(
+    session: PackedSession, cases: Sequence[Case], references: References, pooling: str, normalize: bool
+) -> list[Comparison]:
+    """One call with the first text of every length, in several orders: each must come out as it does alone."""
+    alone = [case for case in cases if case.batch == 1]
+    rows = []
+    for order, mixed in (
+        ("shortest first", alone),
+        ("longest first", alone[::-1]),
+        ("mixed", alone[::2] + alone[1::2][::-1]),
+    ):
+        texts = [case.texts(references.vocab_size)[0] for case in mixed]
+        hidden, pooled = session.packed.run(OUTPUTS, packed_feed(texts))
+        parts = np.split(hidden, np.cumsum([len(text) for text in texts])[:-1])
+        for case, tokens, summary in zip(mixed, parts, pooled, strict=True):
+            actual = dict(zip(OUTPUTS, (tokens[None], summary[None]), strict=True))
+            mask = np.ones((1, case.length), np.int64)
+            for name, vectors in references.hidden.items():
+                wanted = {OUTPUTS[0]: vectors[case], OUTPUTS[1]: _pool(vectors[case], None, mask, pooling, normalize)}
+                among = dataclasses.replace(case, padding=f"packed, {order}")
+                rows.append(_compare(among, name, mask != 0, actual, wanted, pooling))
+    return rows
 
 
 def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path) -> ParityReport:
@@ -250,6 +278,8 @@ def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: To
         error, cosine = np.abs(mine - theirs).max(), _cosine(mine, theirs).min()
         if not tolerance.holds(max_abs_error=error, min_cosine=cosine, min_pooled_cosine=cosine):
             return f"{name}, max abs error {error:.2e}, min cosine {cosine:.7f} {where}"
+    if isinstance(session, PackedSession) and case.batch == 1:
+        return f"none of the layers when this text runs without others, {where}"
     after = "head" if LOGITS in {output.name for output in session.get_outputs()} else "pooled output"
     return f"none of the layers; the {after} alone, {where}"
 

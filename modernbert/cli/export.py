@@ -46,6 +46,9 @@ def export(
         bool | None,
         typer.Option(help="7-bit weights in int8, for CPUs without VNNI; default: if this one has none."),
     ] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Portable graphs for packed tokens too, which `embed` prefers on a CPU.")
+    ] = False,
 ) -> None:
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
     began = time.monotonic()
@@ -69,6 +72,7 @@ def export(
             max_length=max_length,
             text=text,
             reduce_range=reduce_range,
+            packed=packed,
             progress=tell,
             proven=artifacts.append,
         )
@@ -81,7 +85,7 @@ def export(
     for artifact in artifacts:
         figures = artifact.report.summary()
         print(
-            f"\n{artifact.file}: {artifact.variant.target}, {artifact.variant.precision}, "
+            f"\n{artifact.file}: {artifact.variant.listed_as}, {artifact.variant.precision}, "
             f"max abs error {figures['max_abs_error']:.1e}, min cosine {figures['min_cosine']:.7f}, "
             f"pooled {figures['min_pooled_cosine']:.7f}"
         )

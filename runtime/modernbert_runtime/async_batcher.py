@@ -85,15 +85,21 @@ class TokenQueue:
     Args:
         batch_tokens: most tokens of one batch, padding included; a longer text runs alone.
         max_waiting_tokens: most tokens that wait.
-        max_rows: see `plan_batches`.
+        max_rows, packed: see `plan_batches`.
     """
 
     def __init__(
-        self, *, batch_tokens: int, max_waiting_tokens: int, max_rows: Callable[[int], int] | None = None
+        self,
+        *,
+        batch_tokens: int,
+        max_waiting_tokens: int,
+        max_rows: Callable[[int], int] | None = None,
+        packed: bool = False,
     ) -> None:
         self.waiting_tokens = 0
         self._batch_tokens = batch_tokens
         self._max_rows = max_rows
+        self._packed = packed
         self._max_waiting_tokens = max_waiting_tokens
         self._admitted_tokens = 0
         self._requests: list[Request] = []  # sorted by order, ties as they came; each has texts waiting
@@ -140,7 +146,7 @@ class TokenQueue:
                 if room <= 0:
                     break
         lengths = [len(text.input_ids) for _, _, text in items]
-        plan = plan_batches(lengths, self._batch_tokens, max_rows=self._max_rows)
+        plan = plan_batches(lengths, self._batch_tokens, max_rows=self._max_rows, packed=self._packed)
         batch = [items[position] for rows in plan if 0 in rows for position in rows]
         for request, index, text in batch:
             del request.waiting[index]
@@ -165,7 +171,7 @@ class AsyncBatcher:
         dimension: of one vector.
         batch_tokens: see `TokenQueue`.
         max_waiting_tokens: see `TokenQueue`.
-        max_rows: see `plan_batches`.
+        max_rows, packed: see `plan_batches`.
     """
 
     def __init__(
@@ -177,11 +183,14 @@ class AsyncBatcher:
         batch_tokens: int,
         max_waiting_tokens: int,
         max_rows: Callable[[int], int] | None = None,
+        packed: bool = False,
     ) -> None:
         self._run = run
         self._run_one = run_one
         self._dimension = dimension
-        self._queue = TokenQueue(batch_tokens=batch_tokens, max_waiting_tokens=max_waiting_tokens, max_rows=max_rows)
+        self._queue = TokenQueue(
+            batch_tokens=batch_tokens, max_waiting_tokens=max_waiting_tokens, max_rows=max_rows, packed=packed
+        )
         self._lock = threading.Lock()  # of the queue and the two flags; never held while the engine runs
         self._working = False
         self._closed = False

@@ -16,10 +16,12 @@ BATCH_TOKENS = 1024
 _SHORT = 64
 # From this many tokens on a row keeps every core busy by itself: company would cost memory and win no time.
 LONG_LENGTH = 2048
+# Most texts of a packed batch: pooling makes a matrix of texts x tokens.
+_MOST_PACKED = 512
 
 
 def plan_batches(
-    lengths: Sequence[int], max_tokens: int, *, max_rows: Callable[[int], int] | None = None
+    lengths: Sequence[int], max_tokens: int, *, max_rows: Callable[[int], int] | None = None, packed: bool = False
 ) -> list[NDArray[np.intp]]:
     """Split items into batches of similar length under a token budget.
 
@@ -33,11 +35,15 @@ def plan_batches(
         max_tokens: budget of one batch, padding included; an item above it gets a batch of its own.
         max_rows: tokens -> the most rows of that many for which there is memory; None means any number. An item for
             which it gives less than 1 gets a batch of its own: whoever cannot have that must refuse it before.
+        packed: items run without padding: batches are cut by the sum of their lengths, and for memory count as one row
+            of that many tokens.
 
     Returns:
         Indices into `lengths`, one int array per batch; each index appears exactly once.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    if packed:
+        return _plan_packed(order, lengths, max_tokens, max_rows)
     batches = []
     start = 0
     most = 0
@@ -56,3 +62,21 @@ def _most_rows(longest: int, max_tokens: int, max_rows: Callable[[int], int] | N
         return 1
     most = max_tokens // longest
     return most if max_rows is None else min(most, max_rows(longest))
+
+
+def _plan_packed(
+    order: NDArray[np.intp], lengths: Sequence[int], max_tokens: int, max_rows: Callable[[int], int] | None
+) -> list[NDArray[np.intp]]:
+    """Sorted all the same: attention over short texts is cheaper where no long one is among them."""
+    batches = []
+    start = tokens = 0
+    for end, index in enumerate(order):
+        length = int(lengths[index])
+        full = tokens + length > max_tokens or end - start == _MOST_PACKED or tokens >= LONG_LENGTH
+        if end > start and (full or (max_rows is not None and max_rows(tokens + length) < 1)):
+            batches.append(order[start:end])
+            start, tokens = end, 0
+        tokens += length
+    if len(order):
+        batches.append(order[start:])
+    return batches

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from modernbert_runtime.async_batcher import MAX_WAITING_TOKENS, AsyncBatcher
 from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
-from modernbert_runtime.engine import Engine
+from modernbert_runtime.engine import Engine, PackedEngine
 from modernbert_runtime.engines import EngineName
 from modernbert_runtime.errors import InputError
 from modernbert_runtime.loading import open_bundle
@@ -43,7 +43,7 @@ class Embedder:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | PackedEngine,
         tokenizer: TextTokenizer,
         manifest: Manifest,
         *,
@@ -67,6 +67,7 @@ class Embedder:
             batch_tokens=batch_tokens,
             max_waiting_tokens=max_waiting_tokens,
             max_rows=memory.max_rows if memory is not None else None,
+            packed=self._runner.packed,
         )
 
     @classmethod
@@ -83,6 +84,7 @@ class Embedder:
         max_memory: int | str | None = None,
         max_waiting_tokens: int = MAX_WAITING_TOKENS,
         engine_options: Mapping[str, str] | None = None,
+        packed: bool | None = None,
         verify_hashes: bool = True,
     ) -> "Embedder":
         """Load a bundle.
@@ -107,6 +109,8 @@ class Embedder:
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
             engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`,
                 and for tensorrt `gpu_engines.open_plans`.
+            packed: run texts one behind the other and compute no padding, for which the bundle must have been exported
+                so, with onnxruntime on the CPU; None does where both hold, False never.
             verify_hashes: compare the files with the manifest first, which reads them once more.
 
         Raises:
@@ -125,6 +129,7 @@ class Embedder:
             truncation=truncation,
             max_memory=max_memory,
             engine_options=engine_options,
+            packed=packed,
             verify_hashes=verify_hashes,
         )
         return cls(

@@ -3,15 +3,15 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.cuda_device import find_gpus
-from modernbert_runtime.engine import Engine
+from modernbert_runtime.engine import Engine, PackedEngine
 from modernbert_runtime.errors import BundleError, EngineError, InputError, one_line
 from modernbert_runtime.gpu_engines import FoundPlans, bundle_plans, open_plans, open_profiled
-from modernbert_runtime.manifest import Artifact
-from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine, load_onnxruntime
+from modernbert_runtime.manifest import PACKED, Artifact
+from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine, PackedOnnxRuntimeEngine, load_onnxruntime
 from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, cuda_options, provider_names
 from modernbert_runtime.openvino_engine import OpenVinoEngine
 from modernbert_runtime.plan_store import PLAN_GRAPHS
@@ -27,7 +27,7 @@ class OpenedEngine:
         reason: part of a sentence, for the log.
     """
 
-    engine: Engine
+    engine: Engine | PackedEngine
     artifact: Artifact
     reason: str
 
@@ -42,6 +42,7 @@ def open_engine(
     threads: int | None = None,
     bounded_memory: bool = False,
     options: Mapping[str, str] | None = None,
+    packed: bool | None = False,
 ) -> OpenedEngine:
     """Choose an engine and an artifact, and load them. For the arguments see `Embedder.load`.
 
@@ -50,6 +51,7 @@ def open_engine(
         output: name of the model's output that `Engine.run` returns unless asked for another.
         bounded_memory: whether a memory limit must hold, which only onnxruntime keeps: OpenVINO packs the weights anew
             for batches of other sizes and keeps the copies.
+        packed: whether the engine shall be a `PackedEngine`; None where that is possible.
 
     Raises:
         InputError: an unknown engine, or options that do not go together.
@@ -64,6 +66,9 @@ def open_engine(
         if providers is not None:
             raise InputError("providers belong to engine='onnxruntime': leave them out, or choose that engine")
     chosen = _choose(bundle, engine, precision, providers, bounded_memory)
+    if packed and (chosen.engine != "onnxruntime" or provider_names(chosen.providers) != (CPU,)):
+        raise InputError("packed=True runs with engine='onnxruntime' on the CPU only: choose that, or leave it out")
+    opened: Engine | PackedEngine
     if chosen.engine == "tensorrt":
         opened, artifact = open_plans(bundle, output=output, precision=precision, options=options, found=chosen.plans)
     elif chosen.engine == "openvino":
@@ -71,10 +76,11 @@ def open_engine(
         opened = OpenVinoEngine(bundle.onnx_path(artifact), output=output, threads=threads, options=options)
     else:
         names = provider_names(chosen.providers)
-        artifact = _onnxruntime_artifact(bundle, names, precision)
+        artifact = _onnxruntime_artifact(bundle, names, precision, packed)
 
-        def session(file: Artifact, provider_options: Mapping[str, Mapping[str, str]]) -> Engine:
-            return OnnxRuntimeEngine(
+        def session(file: Artifact, provider_options: Mapping[str, Mapping[str, str]]) -> Any:
+            engine_class = PackedOnnxRuntimeEngine if file.target == PACKED else OnnxRuntimeEngine
+            return engine_class(
                 bundle.onnx_path(file),
                 output=output,
                 providers=names,
@@ -142,12 +148,25 @@ def _choose_gpu(bundle: Bundle, precision: str | None) -> tuple[_Choice | None, 
     return _Choice(engine="onnxruntime", reason="; ".join([f"a {gpu} is here", *lacking]), providers=(CUDA, CPU)), []
 
 
-def _onnxruntime_artifact(bundle: Bundle, providers: Sequence[str], precision: str | None) -> Artifact:
+def _onnxruntime_artifact(
+    bundle: Bundle, providers: Sequence[str], precision: str | None, packed: bool | None
+) -> Artifact:
     if providers[0] == TENSORRT:
         targets: tuple[str, ...] = (PLAN_GRAPHS[-1], "portable")
     else:
         targets = ("ort-cuda", "portable") if tuple(providers) != (CPU,) else ("portable",)
-    return _artifact(bundle, targets, precision)
+    padded = _artifact(bundle, targets, precision)
+    if packed is False or tuple(providers) != (CPU,):
+        return padded
+    try:
+        return bundle.artifact(target=PACKED, precision=padded.precision)
+    except BundleError:
+        if packed:
+            raise BundleError(
+                f"packed=True needs a packed artifact in {padded.precision}, which this bundle lacks: export it again "
+                "with --packed, or leave packed out"
+            ) from None
+        return padded
 
 
 def _installed(name: str) -> bool:

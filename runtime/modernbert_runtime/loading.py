@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modernbert_runtime.bundle import Bundle
-from modernbert_runtime.engine import Engine
+from modernbert_runtime.engine import Engine, PackedEngine
 from modernbert_runtime.engines import EngineName, open_engine
 from modernbert_runtime.errors import BundleError, InputError
 from modernbert_runtime.manifest import Manifest
@@ -42,7 +42,7 @@ class OpenedBundle:
 
     bundle: Bundle
     tokenizer: TextTokenizer
-    engine: Engine
+    engine: Engine | PackedEngine
     pad_id: int
     memory: MemoryBudget | None
 
@@ -64,6 +64,7 @@ def open_bundle(
     truncation: Truncation = "right",
     max_memory: int | str | None = None,
     engine_options: Mapping[str, str] | None = None,
+    packed: bool | None = False,
     verify_hashes: bool = True,
 ) -> OpenedBundle:
     """Open a bundle that was exported for `task`, whose graph gives `output`. For the rest see `Embedder.load`.
@@ -95,6 +96,7 @@ def open_bundle(
             threads=threads,
             bounded_memory=limit is not None,
             options=engine_options,
+            packed=packed,
         )
     tokenizer = tokenizing.result()
     artifact = opened.artifact

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine. Imports onnxruntime when one is made, not before.
+"""The ONNX Runtime engines, for padded and for packed models. Import onnxruntime when one is made, not before.
 
 The CPU provider is the default; others are passed by name and must come up: ONNX Runtime would otherwise fall back to
 the CPU without a word.
@@ -6,7 +6,7 @@ the CPU without a word.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ _DEVICES = {CUDA: "cuda", TENSORRT: "cuda"}
 _ONLY_TOKEN = "only_token"  # noqa: S105 - no password
 
 
-class OnnxRuntimeEngine:
-    """Runs an ONNX model with the inputs `input_ids` and `attention_mask`.
+class _OnnxRuntimeSession:
+    """An ONNX model, opened. What it takes, a subclass says.
 
     Args:
         path: the .onnx file; external weights lie beside it.
@@ -41,6 +41,8 @@ class OnnxRuntimeEngine:
         InputError: threads below 1, or an option that ONNX Runtime does not know.
         EngineError: onnxruntime or a provider is not installed, or the file is not a model of this signature.
     """
+
+    inputs: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -81,9 +83,9 @@ class OnnxRuntimeEngine:
             )
         inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
-        if inputs != {"input_ids", "attention_mask"} or output not in self._outputs:
+        if inputs != set(self.inputs) or output not in self._outputs:
             raise EngineError(
-                f"{Path(path).name!r} must take input_ids and attention_mask and give {output}, not take "
+                f"{Path(path).name!r} must take {' and '.join(self.inputs)} and give {output}, not take "
                 f"{', '.join(sorted(inputs))} and give {', '.join(self._outputs)}: export it again for this task"
             )
         self._session: Any = session
@@ -98,24 +100,21 @@ class OnnxRuntimeEngine:
         self._output = output
         self.name = f"onnxruntime ({', '.join(session.get_providers())})"
 
-    def run(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None
-    ) -> NDArray[Any]:
-        """See `Engine.run`."""
+    def _run(self, feed: dict[str, NDArray[np.int64]], rows: int, length: int, output: str | None) -> NDArray[Any]:
+        """One run, on as many rows of as many tokens, padding included."""
         session = self._session
         if session is None:
             raise EngineError("the engine is closed: load the bundle again")
         if output is not None and output not in self._outputs:
             raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask, **self._constants}
+        feed = {**feed, **self._constants}
         try:
-            let_go = self._spikes.passed_with(*input_ids.shape)
+            let_go = self._spikes.passed_with(rows, length)
             result = np.asarray(self._compute(session, feed, output or self._output, self._shrink if let_go else None))
             if let_go:
                 return_free_memory()
             return result
         except Exception as error:  # as above
-            rows, length = input_ids.shape
             raise EngineError(
                 f"onnxruntime failed on a batch of {rows} x {length} tokens ({one_line(error)})"
             ) from error
@@ -149,6 +148,54 @@ class OnnxRuntimeEngine:
         binding.bind_output(output, self._device)
         session.run_with_iobinding(binding, options)
         return binding.copy_outputs_to_cpu()[0]
+
+
+class OnnxRuntimeEngine(_OnnxRuntimeSession):
+    """Runs a model that takes padded batches."""
+
+    inputs = ("input_ids", "attention_mask")
+
+    def run(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None
+    ) -> NDArray[Any]:
+        """See `Engine.run`."""
+        rows, length = input_ids.shape
+        return self._run({"input_ids": input_ids, "attention_mask": attention_mask}, rows, length, output)
+
+
+class PackedOnnxRuntimeEngine(_OnnxRuntimeSession):
+    """Runs a model that takes packed tokens."""
+
+    inputs = ("input_ids", "position_ids", "cu_seqlens")
+
+    def run_packed(
+        self, input_ids: NDArray[np.int64], cu_seqlens: NDArray[np.int64], output: str | None = None
+    ) -> NDArray[Any]:
+        """See `PackedEngine.run_packed`."""
+        lengths = _lengths(input_ids, cu_seqlens)
+        position_ids = np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+        feed = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": cu_seqlens}
+        return self._run(feed, 1, len(input_ids), output)
+
+
+def _lengths(input_ids: NDArray[np.int64], cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each text."""
+    if input_ids.ndim != 1 or cu_seqlens.ndim != 1:
+        raise InputError(
+            f"input_ids and cu_seqlens must have one axis, not the shapes {input_ids.shape} and {cu_seqlens.shape}"
+        )
+    if len(cu_seqlens) < 2:
+        raise InputError(f"cu_seqlens must hold the bounds of at least one text, not {cu_seqlens.tolist()}")
+    lengths = np.diff(cu_seqlens)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != len(input_ids):
+        raise InputError(
+            f"cu_seqlens must go from 0 to the {len(input_ids)} tokens of input_ids, not from {cu_seqlens[0]} to "
+            f"{cu_seqlens[-1]}"
+        )
+    if lengths.min() < 1:
+        at = int(lengths.argmin())
+        raise InputError(f"cu_seqlens must rise, and goes from {cu_seqlens[at]} to {cu_seqlens[at + 1]} at text {at}")
+    return lengths
 
 
 def load_onnxruntime() -> Any:

@@ -6,14 +6,14 @@ One runner serves every way into an `Embedder`, so all of them keep to one token
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.batching import plan_batches
-from modernbert_runtime.engine import Engine
+from modernbert_runtime.engine import Engine, PackedEngine
 from modernbert_runtime.errors import EngineError, InputError, TextTooLong
 from modernbert_runtime.memory import MemoryBudget, in_gb
 from modernbert_runtime.stats import Counters
@@ -34,7 +34,7 @@ class BatchRunner:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | PackedEngine,
         *,
         dimension: int,
         pad_id: int,
@@ -45,6 +45,7 @@ class BatchRunner:
         if batch_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
         self.engine = engine
+        self.packed = isinstance(engine, PackedEngine)
         self.pad_id = pad_id
         self.batch_tokens = batch_tokens
         self.memory = memory
@@ -58,7 +59,8 @@ class BatchRunner:
     def plan(self, tokens: Sequence[TokenizedText]) -> list[NDArray[np.intp]]:
         """Which texts run together, as indices into `tokens`; see `plan_batches`."""
         max_rows = self.memory.max_rows if self.memory is not None else None
-        return plan_batches([len(text.input_ids) for text in tokens], self.batch_tokens, max_rows=max_rows)
+        lengths = [len(text.input_ids) for text in tokens]
+        return plan_batches(lengths, self.batch_tokens, max_rows=max_rows, packed=self.packed)
 
     def check_room(self, tokens: Sequence[TokenizedText], first: int = 0) -> None:
         """Refuse texts that could not run even alone; `first` is what errors call the first of them.
@@ -118,36 +120,51 @@ class BatchRunner:
         Raises:
             EngineError: as `vectors`, or the model has no such output.
         """
-        padded = self._run(tokens, self._sequence_output)
+        per_text = list(self._run(tokens, self._sequence_output))
         if positions is None:
             positions = [np.arange(len(text.input_ids)) for text in tokens]
         if picked:
             ends = np.cumsum([len(wanted) for wanted in positions])
-            padded, positions = np.split(padded[0], ends[:-1]), [np.arange(len(wanted)) for wanted in positions]
-        rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(padded, positions, strict=True)]
+            per_text = np.split(per_text[0], ends[:-1])
+            positions = [np.arange(len(wanted)) for wanted in positions]
+        rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(per_text, positions, strict=True)]
         self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
         return rows
 
     def _run(self, tokens: Sequence[TokenizedText], output: str | None) -> NDArray[Any]:
+        """One output of one batch, its first axis the texts."""
+        if isinstance(self.engine, PackedEngine):
+            return self._run_packed(self.engine, tokens, output)
         length = max(len(text.input_ids) for text in tokens)
         input_ids = np.full((len(tokens), length), self.pad_id, dtype=np.int64)
         attention_mask = np.zeros_like(input_ids)
         for row, text in enumerate(tokens):
             input_ids[row, : len(text.input_ids)] = text.input_ids
             attention_mask[row, : len(text.input_ids)] = 1
-        with self._turn:
-            start = time.perf_counter()
-            result = (
+        used = int(attention_mask.sum())
+        with self._counted(len(tokens), used, attention_mask.size - used):
+            return (
                 self.engine.run(input_ids, attention_mask)
                 if output is None
                 else self.engine.run(input_ids, attention_mask, output=output)
             )
+
+    def _run_packed(self, engine: PackedEngine, tokens: Sequence[TokenizedText], output: str | None) -> Any:
+        """As `_run`; of an output with a row for each token a list, for each text its own."""
+        input_ids = np.concatenate([np.asarray(text.input_ids, dtype=np.int64) for text in tokens])
+        bounds = np.cumsum([0, *(len(text.input_ids) for text in tokens)], dtype=np.int64)
+        with self._counted(len(tokens), len(input_ids), 0):
+            result = engine.run_packed(input_ids, bounds, output)
+        return result if output is None else np.split(result, bounds[1:-1])
+
+    @contextlib.contextmanager
+    def _counted(self, texts: int, tokens: int, padding_tokens: int) -> Iterator[None]:
+        """Where the engine runs: one batch at a time if memory is limited, and counted when it is done."""
+        with self._turn:
+            start = time.perf_counter()
+            yield
             seconds = time.perf_counter() - start
-        used = int(attention_mask.sum())
-        self.counters.add_batch(
-            texts=len(tokens), tokens=used, padding_tokens=attention_mask.size - used, seconds=seconds
-        )
-        return result
+        self.counters.add_batch(texts=texts, tokens=tokens, padding_tokens=padding_tokens, seconds=seconds)
 
     def _check_finite(self, finite: NDArray[np.bool_], indices: Sequence[int] | NDArray[np.intp]) -> None:
         if not finite.all():

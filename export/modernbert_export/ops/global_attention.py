@@ -35,7 +35,7 @@ def _node(q, k, v, key_bias):
 
 
 @script(OPSET)
-def ModernBertGlobalAttention(q, k, v, key_bias, num_heads: int):
+def ModernBertQueryBlocks(q, k, v, key_bias, num_heads: int):
     """A Loop over blocks of at most `QUERY_BLOCK` queries, all of one size, so that short inputs are not padded.
 
     The bias enters as one more component of the keys, against a 1 in the queries: adding it to the scores afterwards
@@ -104,7 +104,7 @@ GLOBAL_ATTENTION = GraphOp(
     inputs=("q", "k", "v", "key_bias"),
     attributes=("num_heads",),
     bodies={
-        "portable": ModernBertGlobalAttention,
+        "portable": ModernBertQueryBlocks,
         "openvino": plain,
         "ort-cuda": multi_head,
         "tensorrt": native,

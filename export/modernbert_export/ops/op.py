@@ -31,7 +31,7 @@ class GraphOp:
 
     `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
     `inputs` and `attributes` are named here; `bodies` defines the node for each target. Inputs named in `float_inputs`
-    have a type of their own and may stay fp32 where the others are fp16.
+    have a type of their own and may stay fp32 where the others are fp16; those in `integer_inputs` are int64.
     """
 
     name: str
@@ -41,6 +41,7 @@ class GraphOp:
     attributes: tuple[str, ...] = ()
     bodies: Mapping[Target, onnxscript.OnnxFunction]
     float_inputs: tuple[str, ...] = ()
+    integer_inputs: tuple[str, ...] = ()
 
     def function(self, target: Target) -> onnx.FunctionProto:
         """The body for a target, under the name that the node has."""
@@ -58,13 +59,14 @@ class GraphOp:
         if onnx.defs.has(self.name, OPSET.domain):
             return
         formal, kind = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType.INT
+        kinds = dict.fromkeys(self.float_inputs, "F") | dict.fromkeys(self.integer_inputs, "tensor(int64)")
         floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
         onnx.defs.register_schema(
             onnx.defs.OpSchema(
                 self.name,
                 OPSET.domain,
                 OPSET.version,
-                inputs=[formal(name, "F" if name in self.float_inputs else "T") for name in self.inputs],
+                inputs=[formal(name, kinds.get(name, "T")) for name in self.inputs],
                 outputs=[formal("y", "T")],
                 type_constraints=[("T", floats, ""), *([("F", floats, "")] if self.float_inputs else [])],
                 attributes=[onnx.defs.OpSchema.Attribute(name, kind) for name in self.attributes],

@@ -17,6 +17,7 @@ import numpy as np
 
 from modernbert_runtime.bench.worker import peak_bytes
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.engine import PackedEngine
 from modernbert_runtime.engines import open_engine
 from modernbert_runtime.errors import ModernBertRuntimeError
 from modernbert_runtime.tensorrt_engine import TensorRtEngine
@@ -35,6 +36,7 @@ def main(root: str, options: str, cases: str, out: str) -> None:
         begin = time.perf_counter()
         opened = open_engine(Bundle.open(root, verify_hashes=False), output=OUTPUT, **json.loads(options))
         engine, load_seconds = opened.engine, time.perf_counter() - begin
+        assert not isinstance(engine, PackedEngine)  # none was asked for
         given = np.load(cases)
         seconds: dict[str, float] = {}
         hidden: dict[str, Any] = {}
