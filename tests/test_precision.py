@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import modernbert_export.build as build_module
 from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
+from modernbert_export.contents import read_contents
 from modernbert_export.export import export
 from modernbert_export.on_text import OnText
 from modernbert_export.precision.audit import audit
@@ -222,6 +223,8 @@ def test_four_bits_say_what_they_can(four_bits: Path, texts: Path, tmp_path: Pat
     blocks = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     assert len(blocks) == 28
     assert {stored[node.input[0]] for node in blocks} == {onnx.TensorProto.INT4}
+    file = tmp_path / "out" / artifact.file
+    assert read_contents(file).weight_bytes < file.stat().st_size
 
 
 @pytest.mark.usefixtures("quick")

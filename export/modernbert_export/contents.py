@@ -248,6 +248,8 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
+    if tensor.data_type == onnx.TensorProto.INT4:  # two in a byte
+        return -(-math.prod(tensor.dims) // 2)
     return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
