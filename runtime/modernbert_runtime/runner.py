@@ -123,8 +123,10 @@ class BatchRunner:
             positions = [np.arange(len(text.input_ids)) for text in tokens]
         if picked:
             ends = np.cumsum([len(wanted) for wanted in positions])
-            padded, positions = np.split(padded[0], ends[:-1]), [np.arange(len(wanted)) for wanted in positions]
-        rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(padded, positions, strict=True)]
+            found = np.split(padded[0], ends[:-1])
+        else:
+            found = [row[wanted] for row, wanted in zip(padded, positions, strict=True)]
+        rows = [np.asarray(row, dtype=np.float32) for row in found]
         self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
         return rows
 
