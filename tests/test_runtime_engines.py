@@ -39,6 +39,11 @@ def reference(bundle: Path) -> Iterator[np.ndarray]:
         yield embedder.embed(TEXTS)
 
 
+def with_int8(manifest: Manifest) -> Manifest:
+    first, *others = manifest.artifacts
+    return replace(manifest, artifacts=(replace(first, precision="int8"), *others))
+
+
 def for_openvino(manifest: Manifest) -> Manifest:
     """The second artifact, "inline", becomes one for OpenVINO."""
     first, second = manifest.artifacts
@@ -122,6 +127,15 @@ def test_auto_takes_openvino_for_an_artifact_of_its_own(
     assert "openvino (CPU, fp32) (as asked), onnx/model.onnx, target portable" in loaded(
         caplog, root, engine="openvino"
     )
+    # Its artifact is of another precision than the one asked for: the portable one is ONNX Runtime's.
+    other = write_tiny_bundle(tmp_path / "int8", change=lambda manifest: with_int8(for_openvino(manifest)))
+    assert "(the bundle has no artifact for openvino in int8), onnx/model.onnx, target portable" in loaded(
+        caplog, other, precision="int8"
+    )
+    named = OpenVinoEngine(
+        root / "onnx/model.onnx", output="sentence_embedding", options={"INFERENCE_PRECISION_HINT": "bf16"}
+    )
+    assert named.name == "openvino (CPU, bf16)"
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert "onnxruntime (CPUExecutionProvider) (openvino is not installed)" in loaded(caplog, both)
     with pytest.raises(EngineError, match=r'pip install "modernbert-deploy\[openvino\]"'):

@@ -121,14 +121,19 @@ def _choose(
     if on_gpu is not None:
         return on_gpu
     have_ort, have_openvino = _installed("onnxruntime"), _installed("openvino")
-    if have_openvino and any(artifact.target == "openvino" for artifact in bundle.manifest.artifacts):
+    # Of this precision: the portable int8 graph, which it would take otherwise, is as slow as fp32 there.
+    if have_openvino and any(
+        artifact.target == "openvino" and precision in (None, artifact.precision)
+        for artifact in bundle.manifest.artifacts
+    ):
         chosen: Literal["onnxruntime", "openvino"] = "openvino"
         reason = "it is installed and the bundle has an artifact for it"
     elif have_openvino and not have_ort:
         chosen, reason = "openvino", "onnxruntime is not installed"
     else:
         chosen = "onnxruntime"
-        reason = "the bundle has no artifact for openvino" if have_openvino else "openvino is not installed"
+        what = f" in {precision}" if precision is not None else ""
+        reason = f"the bundle has no artifact for openvino{what}" if have_openvino else "openvino is not installed"
     return _Choice(engine=chosen, reason="; ".join([reason, *lacking]))
 
 

@@ -31,9 +31,9 @@ class MaskFill(NamedTuple):
 class FillMask(TaskModel):
     """Fills gaps with a bundle of `modernbert export --task fill-mask`.
 
-    A gap is written as `mask_token`. With ONNX Runtime logits are computed for the gaps alone. OpenVINO and graphs of
-    exports before 0.2 compute them for every token: with ModernBERT's own vocabulary a text of 8,192 tokens takes
-    3.3 GB for them, one of 512 takes 0.2 GB.
+    A gap is written as `mask_token`. With ONNX Runtime logits are computed for the gaps alone. OpenVINO, and graphs
+    without the input `only_token`, compute them for every token: with ModernBERT's own vocabulary a text of 8,192
+    tokens takes 3.3 GB for them, one of 512 takes 0.2 GB.
 
     Raises:
         BundleError: the bundle does not say what its mask token is.

@@ -1,7 +1,10 @@
 """The OpenVINO engine. Imports openvino when one is made, not before.
 
-Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32: in bfloat16
-its rotary angles cannot count beyond 256, which loses the positions of a text.
+Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32, for two
+reasons, seen with 2026.4. In bfloat16 its rotary angles cannot count beyond 256, which loses the positions of a text
+(cosines of 0.995 at 512 tokens). And portable graphs then give NaN now and then in the first run after
+`release_memory`, which hands memory back here: in 18 of 1,069 runs, more with fresh memory that is filled with NaN, so
+it reads what nothing has written. In fp32 there was none, nor with the graph lowered for OpenVINO.
 """
 
 import queue
@@ -74,7 +77,8 @@ class OpenVinoEngine:
         self._output = output
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests; each serves one run at a time
         self._spikes = Spikes()
-        self.name = "openvino (CPU, fp32)"
+        hint = properties["INFERENCE_PRECISION_HINT"]
+        self.name = f"openvino (CPU, {'fp32' if hint == 'f32' else hint})"
 
     def run(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None

@@ -120,14 +120,15 @@ class BatchRunner:
         Raises:
             EngineError: as `vectors`, or the model has no such output.
         """
-        per_text = list(self._run(tokens, self._sequence_output))
+        padded = self._run(tokens, self._sequence_output)
         if positions is None:
             positions = [np.arange(len(text.input_ids)) for text in tokens]
         if picked:
             ends = np.cumsum([len(wanted) for wanted in positions])
-            per_text = np.split(per_text[0], ends[:-1])
-            positions = [np.arange(len(wanted)) for wanted in positions]
-        rows = [np.asarray(row[wanted], dtype=np.float32) for row, wanted in zip(per_text, positions, strict=True)]
+            found = np.split(padded[0], ends[:-1])
+        else:
+            found = [row[wanted] for row, wanted in zip(padded, positions, strict=True)]
+        rows = [np.asarray(row, dtype=np.float32) for row in found]
         self._check_finite(np.array([np.isfinite(row).all() for row in rows]), indices)
         return rows
 
