@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -180,3 +181,59 @@ def test_a_loss_that_is_not_a_number_is_exit_code_1(
     code, shown, told = pretrain(run, corpus, tokenizer, tmp_path / "out")
     assert (code, shown) == (1, "")
     assert f"the loss is nan at step 1, learning rate 0, on {corpus}:" in told.splitlines()[-1]
+
+
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of that step."""
+    before = PretrainingTrainer.training_step
+
+    def training_step(self: PretrainingTrainer, *arguments: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            raise KeyboardInterrupt
+        return before(self, *arguments)
+
+    monkeypatch.setattr(PretrainingTrainer, "training_step", training_step)
+
+
+def test_ctrl_c_says_what_was_kept_and_how_to_go_on(
+    run: Run, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-steps", 4, "--checkpoint-every", 2)
+    for step, message in (
+        (2, "interrupted before the first checkpoint; nothing was kept"),
+        (4, f"step 2, which '{tmp_path}/out.run/checkpoint-2' holds"),
+    ):
+        with monkeypatch.context() as patch:
+            interrupted_at(step, patch)
+            code, shown, told = pretrain(run, corpus, tokenizer, tmp_path / "out", *options)
+        assert (code, shown) == (130, "")
+        assert told.splitlines()[-1].startswith("modernbert: interrupted")
+        assert message in told.splitlines()[-1]
+        assert [path.name for path in tmp_path.iterdir()] == (["out.run"] if step > 2 else [])
+    with monkeypatch.context() as patch:
+        interrupted_at(3, patch)
+        code, _, told = pretrain(run, corpus, tokenizer, tmp_path / "out", *options, "--resume")
+    assert code == 130
+    assert "with --resume continues from step 2" in told.splitlines()[-1]
+    code, shown, _ = pretrain(run, corpus, tokenizer, tmp_path / "out", *options, "--resume")
+    assert (code, [path.name for path in tmp_path.iterdir()]) == (0, ["out"])
+
+
+@pytest.mark.slow  # a minute, most of it compiling
+@pytest.mark.filterwarnings("default")  # torch's compiler has its own
+def test_pretrain_compiled_learns_the_same_and_resumes(
+    run: Run, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-steps", 4, "--checkpoint-every", 2)
+    assert pretrain(run, corpus, tokenizer, tmp_path / "eager", *options)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupted_at(4, patch)
+        assert pretrain(run, corpus, tokenizer, tmp_path / "out", *options, "--compile")[0] == 130
+    code, _, told = pretrain(run, corpus, tokenizer, tmp_path / "out", *options, "--compile", "--resume")
+    assert code == 0, told
+    eager, compiled = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "training_log.jsonl").read_text().splitlines()]
+        for name in ("eager", "out")
+    )
+    # Sums in another order, in fp32, over four steps.
+    assert compiled == pytest.approx(eager, rel=1e-4)

@@ -2,6 +2,7 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,8 +85,38 @@ def test_bad_data_is_one_line(tmp_path: Path, name: str, content: object, messag
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_dataset_streams_its_training_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A dataset as the hub holds it, with a card that names two configurations; only the way to it is another.
+    files = {"plain/train.jsonl": "one two", "plain/test.jsonl": "held out", "other/train.jsonl": "drei"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps({"body": word}) + "\n" for word in text.split()))
+    splits = {
+        "plain": [{"split": kind, "path": f"plain/{kind}.jsonl"} for kind in ("train", "test")],
+        "other": [{"split": "train", "path": "other/train.jsonl"}],
+    }
+    card = {"configs": [{"config_name": k, "data_files": v, "default": k == "plain"} for k, v in splits.items()]}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")  # JSON is YAML
+    load, asked = datasets.load_dataset, []
+
+    def from_directory(name: str, *arguments: object, **options: object) -> object:
+        asked.append((name, options["streaming"]))
+        return load(str(tmp_path), *arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_directory)
+    found = list(open_documents(["someone/words", "someone/words:other"], field="body"))
+    assert [(document.id, document.text) for document in found] == [
+        ("someone/words:1", "one"),
+        ("someone/words:2", "two"),
+        ("someone/words:other:1", "drei"),
+    ]
+    assert asked == [("someone/words", True)] * 2
+    with pytest.raises(InputError, match="field 'text' must be text, it is missing; there are 'body'"):
+        next(open_documents(["someone/words"]))
+
+
 def test_a_hub_dataset_that_cannot_be_reached_and_an_empty_directory(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'nobody/nothing' cannot be read"):
+    with pytest.raises(InputError, match="'nobody/nothing', no file here and taken for a hub dataset, cannot be read"):
         list(open_documents(["nobody/nothing"]))
     with pytest.raises(InputError, match=r"has no \.txt"):
         open_documents([str(tmp_path)])

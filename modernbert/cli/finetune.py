@@ -26,7 +26,7 @@ def finetune(
     matryoshka: Annotated[
         str, typer.Option(metavar="N,...", help="Sizes to train beside the full one, such as 256,128.")
     ] = "",
-    pooling: Annotated[str | None, typer.Option(help="mean or cls; default: what the checkpoint says.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls or global; default: what the checkpoint says.")] = None,
     query_prompt: Annotated[str | None, typer.Option(help="Text before every anchor; kept in the model.")] = None,
     document_prompt: Annotated[str | None, typer.Option(help="Text before positives and negatives; kept.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",

@@ -6,8 +6,10 @@ Every command imports what it needs when it runs, so `modernbert embed` starts w
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -31,8 +33,27 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C; the message says what was kept, where something was."""
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """typer turns KeyboardInterrupt into an exit code and loses what it says."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError(*error.args) from error
+
+    return run
+
+
 for command in (demo, pretrain, finetune, evaluate, export, verify, embed, predict, bench, doctor, triton):
-    app.command()(command)
+    app.command()(_interruptible(command))
 app.add_typer(tokenizer, name="tokenizer")
 
 # Unknown options and missing or malformed values. typer brings its own click, and exports only what derives from it.
@@ -47,6 +68,8 @@ def main() -> None:
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "modernbert"
         _fail(f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help", 2)
+    except _InterruptedError as error:
+        _fail(str(error) or "interrupted; the output was not written", 130)
     except (typer.Abort, KeyboardInterrupt):
         _fail("interrupted; the output was not written", 130)
     except (InputError, ModernBertRuntimeError) as error:

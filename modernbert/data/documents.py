@@ -124,4 +124,5 @@ def _rows(source: Path | str, text_unit: TextUnit) -> Iterator[dict[str, Any]]:
         raise
     except Exception as error:  # datasets lets pyarrow's, fsspec's, zlib's and its own errors through
         reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        raise InputError(f"data {str(source)!r} cannot be read after row {count}: {reason}") from error
+        what = "" if isinstance(source, Path) else ", no file here and taken for a hub dataset,"
+        raise InputError(f"data {str(source)!r}{what} cannot be read after row {count}: {reason}") from error

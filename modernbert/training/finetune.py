@@ -81,7 +81,7 @@ def finetune(
         learning_rate: its peak; it rises linearly over 6 % of the steps, then falls as a cosine.
         temperature: divisor of the cosines before the softmax; lower makes near misses count for more.
         matryoshka: sizes that the first numbers of a vector are trained to be useful at, beside its full size.
-        pooling: "mean" or "cls"; what the checkpoint says when absent.
+        pooling: "mean", "cls" or "global"; what the checkpoint says when absent.
         query_prompt: text before every anchor, here and in the model that is written; what it says when absent.
         document_prompt: text before every positive and negative, likewise.
         precision: of matrix products; weights and optimizer stay fp32. "fp16" needs a GPU.

@@ -51,6 +51,7 @@ class RunDirectory:
         Raises:
             InputError: `out` exists; a run is there already and shall not be resumed, none is there that could be, or
                 it was started with other settings.
+            KeyboardInterrupt: Ctrl-C, saying what was kept and how to go on.
         """
         if main:
             require_absent(self.out)
@@ -61,11 +62,21 @@ class RunDirectory:
                 self._make(settings)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            newest = self.newest_checkpoint() if main else None
             # Kept is what can be resumed, or tells what went wrong.
-            if main and not (resume or self.checkpoints() or self.diverged.exists()):
+            kept = resume or newest or self.diverged.exists()
+            if main and not kept:
                 self.remove()
+            if main and isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(self._interrupted(newest, kept=bool(kept))) from error
             raise
+
+    def _interrupted(self, newest: Path | None, *, kept: bool) -> str:
+        if not kept:
+            return "interrupted before the first checkpoint; nothing was kept"
+        where = f"step {newest.name.partition('-')[2]}, which {str(newest)!r} holds" if newest else "the first step"
+        return f"interrupted; the same command with --resume continues from {where}"
 
     def _make(self, settings: Mapping[str, Any]) -> None:
         if self.path.exists():
