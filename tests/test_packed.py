@@ -71,6 +71,9 @@ def mixes(radius: int) -> list[list[int]]:
         edges[::-1],
         [radius + 1] * 5,
         [1] * (NARROWEST + 3),
+        # The first that reaches over a block's end as far as it can, from its last token on; to its first token.
+        [1] * (NARROWEST - 1) + [radius + 1] * 4,
+        [1] * (NARROWEST - radius) + [radius + 1] * 4,
         [0, 3, 0, 0, radius + 5, 1, 0],  # nothing between, before and behind
         [QUERY_BLOCK - 1, 2, QUERY_BLOCK + 3, 1],
         [QUERY_BLOCK + 1],
