@@ -22,7 +22,7 @@ from modernbert.config import ModernBertConfig, load_config
 from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
-from modernbert_export.packed_session import PackedSession, packed_feed
+from modernbert_export.packed_session import PackedSession, is_packed, packed_feed
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
 from modernbert_export.references import TRANSFORMERS, References, compute_references, embed_text
 from modernbert_export.source import open_source
@@ -308,7 +308,7 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
         "session.model_external_initializers_file_folder_path", os.fspath(onnx_file.parent.resolve())
     )
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return PackedSession(session) if "cu_seqlens" in {value.name for value in proto.graph.input} else session
+    return PackedSession(session) if is_packed(proto.graph) else session
 
 
 def _pool(hidden: Array, summary: Array | None, mask: Array, pooling: str, normalize: bool) -> Array:
