@@ -4,6 +4,7 @@ The bodies run alone in ONNX Runtime, one node with its function attached, so th
 number in a parity report.
 """
 
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
@@ -140,9 +141,19 @@ def test_every_operator_is_tested_here() -> None:
             assert (proto.name, proto.domain, tuple(proto.input)) == (op.name, OPSET.domain, op.inputs)
             assert set(proto.attribute) == set(op.attributes)
             # Parts of bodies, in our domain, come with them.
-            parts = {part.name for part in op.functions(target)[1:]}
-            assert {node.domain for node in proto.node} <= {"", "ai.onnx", OPSET.domain, *FORMS[target].domains}
-            assert {node.op_type for node in proto.node if node.domain == OPSET.domain} == parts
+            whole = op.functions(target)
+            nodes = [node for function in whole for node in all_nodes(function.node)]
+            assert {node.domain for node in nodes} <= {"", "ai.onnx", OPSET.domain, *FORMS[target].domains}
+            parts = {part.name for part in whole[1:]}
+            assert {node.op_type for node in nodes if node.domain == OPSET.domain} == parts
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These and those of the graphs inside them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from all_nodes(attribute.g.node)
 
 
 # The references

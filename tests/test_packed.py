@@ -34,7 +34,7 @@ from modernbert_export.ops.global_attention import QUERY_BLOCK
 from modernbert_export.ops.op import GraphOp
 from modernbert_export.ops.packed_global_attention import PACKED_GLOBAL_ATTENTION
 from modernbert_export.ops.packed_local_attention import NARROWEST, PACKED_LOCAL_ATTENTION
-from modernbert_export.packed import documents
+from modernbert_export.packed import TracedPackedEmbedder, documents
 from modernbert_export.packed_session import packed_feed
 from modernbert_export.variants import Variant, choose_variants
 from modernbert_runtime import BundleError, Embedder
@@ -71,6 +71,9 @@ def mixes(radius: int) -> list[list[int]]:
         edges[::-1],
         [radius + 1] * 5,
         [1] * (NARROWEST + 3),
+        # The first that reaches over a block's end as far as it can, from its last token on; to its first token.
+        [1] * (NARROWEST - 1) + [radius + 1] * 4,
+        [1] * (NARROWEST - radius) + [radius + 1] * 4,
         [0, 3, 0, 0, radius + 5, 1, 0],  # nothing between, before and behind
         [QUERY_BLOCK - 1, 2, QUERY_BLOCK + 3, 1],
         [QUERY_BLOCK + 1],
@@ -111,6 +114,22 @@ def test_operators_are_well_formed_for_torch_export(op: GraphOp) -> None:
 
 
 # The graph
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_traced_module_is_the_model_and_its_pooling(checkpoint: Path, pooling: str, normalize: bool) -> None:
+    model = load_model(checkpoint)
+    texts = random_texts((5, 1, 30))
+    feed = {name: torch.from_numpy(value) for name, value in packed_feed(texts).items()}
+    with torch.no_grad():
+        hidden, pooled, *_ = TracedPackedEmbedder(model, pooling, normalize=normalize)(*feed.values())
+        model.set_attention("eager")
+        for text, mine, vector in zip(texts, hidden.split([len(text) for text in texts]), pooled, strict=True):
+            want = model(torch.from_numpy(text)[None]).last_hidden_state[0]
+            torch.testing.assert_close(mine, want, atol=2e-5, rtol=1e-5)
+            summary = want.mean(0) if pooling == "mean" else want[0]
+            torch.testing.assert_close(vector, summary / summary.norm() if normalize else summary, atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

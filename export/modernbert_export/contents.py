@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from modernbert.errors import ParityError
 from modernbert_export.only_token import ONLY_TOKEN
 from modernbert_export.packed import PACKED_INPUTS
-from modernbert_export.packed_session import packed_feed
+from modernbert_export.packed_session import is_packed, packed_feed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu, bf16_values
 from modernbert_export.trace import INPUTS
 
@@ -130,16 +130,12 @@ class _Probe:
 
 
 def _probe(file: Path, proto: onnx.ModelProto, tokens: int) -> _Probe:
-    if not _is_packed(proto.graph):
+    if not is_packed(proto.graph):
         return _run(file, proto, {name: np.ones((1, tokens), np.int64) for name in INPUTS})
     forms = (tokens,), (tokens // 2, tokens // 2)
     runs = [_run(file, proto, packed_feed([np.ones(n, np.int64) for n in lengths])) for lengths in forms]
     names = {name for run in runs for name in run.bytes_of}
     return _Probe(bytes_of={name: max(r.bytes_of.get(name, 0) for r in runs) for name in names}, flops=runs[0].flops)
-
-
-def _is_packed(graph: onnx.GraphProto) -> bool:
-    return "cu_seqlens" in {value.name for value in graph.input}
 
 
 def _run(file: Path, proto: onnx.ModelProto, feed: Mapping[str, NDArray[np.int64]]) -> _Probe:

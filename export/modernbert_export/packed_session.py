@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -22,6 +23,11 @@ def packed_feed(texts: Sequence[Array]) -> dict[str, Array]:
         "position_ids": np.concatenate([np.arange(len(text)) for text in texts]),
         "cu_seqlens": np.array([0, *itertools.accumulate(map(len, texts))]),
     }
+
+
+def is_packed(graph: onnx.GraphProto) -> bool:
+    """Whether a graph has the packed form."""
+    return "cu_seqlens" in {value.name for value in graph.input}
 
 
 class PackedSession:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from modernbert_export.packed_session import PackedSession
+from modernbert_export.packed_session import PackedSession, is_packed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
 
 
@@ -31,4 +31,4 @@ def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxrun
     )
     runnable = bf16_on_cpu(proto).SerializeToString()
     session = onnxruntime.InferenceSession(runnable, options, providers=["CPUExecutionProvider"])
-    return PackedSession(session) if "cu_seqlens" in {value.name for value in proto.graph.input} else session
+    return PackedSession(session) if is_packed(proto.graph) else session
