@@ -70,14 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     written = options.out / "training_step.json"
     try:
         report = begun(options, written)
+    except ValueError as error:
+        return complain(error, 2)
+    try:
         for number, (name, run) in enumerate(parts := list(chosen(options)), 1):
             tell(f"part {number} of {len(parts)}: {name}")
             report["results"][name] = {"date": now(), **finished(run)}
             write(report, options.out)
-    except ValueError as error:
-        return complain(error, 2)
     except KeyboardInterrupt:
-        return complain(f"interrupted; what was measured until then is in {written}", 130)
+        kept = f"what was measured is in {written}" if report["results"] else "nothing was measured yet"
+        return complain(f"interrupted; {kept}", 130)
     print(text := as_markdown(report))
     tell(f"raw samples, table: {written}, .md")
     return 1 if "fail" in text else 0

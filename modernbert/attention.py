@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modernbert.attention_flex import flex, flex_plan
 from modernbert.attention_varlen import varlen, varlen_plan, varlen_rows
@@ -76,6 +77,7 @@ class _Rotated(torch.autograd.Function):
         return x_3THK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_3THK: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         back_3THK = torch.empty_like(grad_3THK)

@@ -219,7 +219,7 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(
     assert (code, [path.name for path in tmp_path.iterdir()]) == (0, ["out"])
 
 
-@pytest.mark.slow  # a minute, most of it compiling
+@pytest.mark.slow  # minutes, nearly all of it compiling
 @pytest.mark.filterwarnings("default")  # torch's compiler has its own
 def test_pretrain_compiled_learns_the_same_and_resumes(
     run: Run, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
