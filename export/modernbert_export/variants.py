@@ -19,7 +19,8 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
 # Precisions by the same, the one first that is taken when none is named. int8 is for CPUs: its operators are ONNX
-# Runtime's CPU kernels'. bf16 is for GPUs: those kernels have next to none for it, and OpenVINO makes it of fp32.
+# Runtime's CPU kernels'. bf16 is for GPUs: those kernels have next to none for it, and OpenVINO makes it of fp32. ONNX
+# Runtime's MultiHeadAttention takes it on CUDA since pull request 26083 (September 2025).
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", "int8"),
     "openvino": ("fp32",),
