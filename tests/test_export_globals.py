@@ -48,13 +48,13 @@ def with_globals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(with_globals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bundle for all targets, in all precisions but int8. Leave it as it is."""
     out = tmp_path_factory.mktemp("globals") / "bundle"
-    export(str(with_globals), out, targets=tuple(SUPPORTED), precisions=("fp32", "fp16"), pooling="global")
+    export(str(with_globals), out, targets=tuple(SUPPORTED), precisions=("fp32", "fp16", "bf16"), pooling="global")
     return out
 
 
 def test_every_lowering_passes_the_grid(bundle: Path) -> None:
     reports = json.loads((bundle / "parity.json").read_text())["artifacts"]
-    assert len(reports) == 7
+    assert len(reports) == 10
     for report in reports:
         assert {row["reference"] for row in report["comparisons"]} == {"float64 eager"}
         assert report["notes"] == ["transformers has no global tokens: the one reference is our own model in float64."]
@@ -72,7 +72,7 @@ def test_each_artifact_pools_the_first_global_token(bundle: Path, with_globals: 
     for artifact in Bundle.open(bundle).manifest.artifacts:
         session = open_session(bundle / artifact.file)
         tokens, pooled = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-        limits = {"fp32": (0.999999, 0.999999), "fp16": (0.9999, 0.99995)}[artifact.precision]
+        limits = {"fp32": (0.999999, 0.999999), "fp16": (0.9999, 0.99995), "bf16": (0.999, 0.9995)}[artifact.precision]
         assert tokens.shape == (3, 300, TINY["hidden_size"])
         valid = mask.numpy() != 0
         assert cosine(tokens[valid], output.last_hidden_state.numpy()[valid]).min() >= limits[0], artifact

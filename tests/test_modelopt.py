@@ -139,9 +139,9 @@ def check_lint_finds_faults(model: onnx.ModelProto, precision: str) -> None:
 def test_without_modelopt_it_says_what_to_install(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "modelopt", None)
     with pytest.raises(
-        InputError, match=r"int8-qdq and fp8 need NVIDIA's ModelOpt: pip install 'nvidia-modelopt\[onnx\]'"
+        InputError, match=r"int8-qdq and fp8 need NVIDIA's ModelOpt \(.+\): pip install 'nvidia-modelopt\[onnx\]'"
     ):
         export(str(checkpoint), tmp_path / "out", targets=("tensorrt",), precisions=(precision,))
     assert not list(tmp_path.iterdir())

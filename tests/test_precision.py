@@ -362,7 +362,7 @@ def test_weights_beyond_fp16_are_refused_by_name(source_of_large: Path, tmp_path
         (dict(targets=("openvino",) * 2), "target names 'openvino' more than once"),
         (
             dict(targets=("portable", "tensorrt"), precisions=("fp32",)),
-            "for target tensorrt must be one of fp16, not fp32",
+            "for target tensorrt must be one of fp16, bf16, int8-qdq, fp8, not fp32",
         ),
         (dict(text="nowhere.txt"), "text 'nowhere.txt' cannot be read"),
     ],

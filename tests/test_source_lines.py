@@ -18,7 +18,7 @@ TENSORRT: tuple[Target, ...] = ("tensorrt", "tensorrt-dense")
 WRITTEN = {
     "Attention": ("attend(",),
     "LayerNormalization": ("norm(", "encode("),
-    "Gelu": ("act(",),
+    "Gelu": ("_gated(",),
     "RotaryEmbedding": ("attend(",),
 }
 

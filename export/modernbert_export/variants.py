@@ -25,7 +25,8 @@ INTEGERS = ("int8", "int8-weights", "int4-weights")
 # Those that must prove themselves on text.
 QUANTISED = (*INTEGERS, *MODES)
 # Precisions by the same, the one first that is taken when none is named. Integers are for CPUs, where ONNX Runtime has
-# kernels for them. bf16 is for GPUs: those kernels have next to none for it.
+# kernels for them. bf16 is for GPUs: those kernels have next to none for it. ONNX Runtime's MultiHeadAttention takes it
+# on CUDA since pull request 26083 (September 2025).
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", *INTEGERS),
     "openvino": ("fp32",),

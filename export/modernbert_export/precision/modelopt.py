@@ -11,7 +11,7 @@ installed apart. Tried with 0.47.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from modernbert.errors import InputError
 from modernbert_export.source_lines import SOURCE, fill_sources, read_sources
 from modernbert_export.trace import INPUTS
+from modernbert_runtime.errors import one_line
 
 # Our name of a precision -> ModelOpt's.
 MODES: Mapping[str, str] = {"int8-qdq": "int8", "fp8": "fp8"}
@@ -33,12 +34,14 @@ Batch = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def require_modelopt() -> None:
-    """Raises InputError where ModelOpt is not installed."""
-    if importlib.util.find_spec("modelopt") is None:
+    """Raises InputError where ModelOpt is not installed, or what it needs for ONNX."""
+    try:
+        importlib.import_module("modelopt.onnx.quantization")
+    except ImportError as error:
         raise InputError(
-            f"precisions {' and '.join(MODES)} need NVIDIA's ModelOpt: pip install 'nvidia-modelopt[onnx]', or leave "
-            "them out"
-        )
+            f"precisions {' and '.join(MODES)} need NVIDIA's ModelOpt ({one_line(error)}): "
+            "pip install 'nvidia-modelopt[onnx]', or leave them out"
+        ) from error
 
 
 def quantize_for_tensorrt(half: Path, scratch: Path, precision: str, batches: Sequence[Batch]) -> ir.Model:
