@@ -158,10 +158,10 @@ def _onnxruntime_artifact(
 ) -> Artifact:
     """The artifact for these providers; on the CPU the packed one wherever there is one, unless `packed` forbids it.
 
-    It does less where texts are few and unlike, and no more elsewhere. Padded over packed CPU time, fp32 / int8, with 6
-    layers of the base model's width (benchmarks/packed_batches.py; a shared machine, so a few percent are noise):
-    16 queries 1.8 / 1.6; 8 texts of 20 to 1,000 tokens 1.06 / 1.06; 60 of them 1.05 / 1.1; 300 queries 1.03 to 1.14 /
-    0.96 to 1.03; 16 texts of 256 tokens 1.0 / 1.05.
+    It computes less where texts are few and unlike, and about the same elsewhere. Padded over packed CPU time of 6
+    layers of the base model's width, fp32 / int8 (benchmarks/packed_batches.py; a shared machine, where a few percent
+    are noise): 16 queries 1.72 / 1.58, 8 texts of 20 to 1,000 tokens 1.08 / 1.07, 300 queries 1.07 / 0.97, one text of
+    2,048 tokens 1.00 / 1.01, of 8,192 tokens 1.03 / 0.96.
     """
     if providers[0] == TENSORRT:
         targets: tuple[str, ...] = (PLAN_GRAPHS[-1], "portable")
