@@ -214,6 +214,9 @@ def test_lint_wants_products_in_bf16(graphs: dict[Target, onnx.ModelProto], targ
 
 
 def test_other_targets_have_no_bf16(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="precision for target portable must be one of fp32, fp16, int8, not 'bf16'"):
+    with pytest.raises(
+        InputError,
+        match="precision for target portable must be one of fp32, fp16, int8, int8-weights, int4-weights, not 'bf16'",
+    ):
         export(str(checkpoint), tmp_path / "out", precisions=("bf16",))
     assert not list(tmp_path.iterdir())

@@ -158,7 +158,7 @@ class Builder:
         for variant in variants:
             self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
             graph = lower(traced.clone(), variant.target)
-            if has_only_token(self.source.task, variant.target):
+            if has_only_token(self.source.task, variant.target, with_globals=self.source.config.num_global_tokens > 0):
                 add_only_token(graph)
             file = folder / variant.file
             if weights is None:

@@ -24,9 +24,12 @@ EVERY_TOKEN = -1
 HIDDEN = "last_hidden_state"
 
 
-def has_only_token(task: str, target: Target) -> bool:
-    """Whether such a graph gets the input: ONNX Runtime takes it, the other engines make it a constant."""
-    return task == "fill-mask" and target in ("portable", "ort-cuda")
+def has_only_token(task: str, target: Target, *, with_globals: bool) -> bool:
+    """Whether such a graph gets the input: ONNX Runtime takes it, the other engines make it a constant.
+
+    Not where global tokens stand before the others: places are counted without them.
+    """
+    return task == "fill-mask" and target in ("portable", "ort-cuda") and not with_globals
 
 
 def add_only_token(model: ir.Model) -> ir.Model:
