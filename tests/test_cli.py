@@ -136,7 +136,7 @@ def test_export_fails_with_a_table_when_parity_is_lost(
     import modernbert_export.build as build_module
 
     monkeypatch.setattr(build_module, "trace", lambda model, **_: ir.load(bundle / "onnx/model.onnx"))
-    monkeypatch.setattr(build_module, "lower", lambda graph, target: graph)
+    monkeypatch.setattr(build_module, "lower", lambda graph, target, **_: graph)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "local_attention": 10}))
     result = run("export", source, "--out", tmp_path / "out", "--max-length", "20")

@@ -68,7 +68,7 @@ def source(checkpoint: Path, tmp_path: Path) -> Path:
 def no_trace(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports take the graph of `bundle` in place of a trace of their own, which takes seconds."""
     monkeypatch.setattr(build_module, "trace", lambda model, **_: ir.load(bundle / "onnx/model.onnx"))
-    monkeypatch.setattr(build_module, "lower", lambda graph, target: graph)
+    monkeypatch.setattr(build_module, "lower", lambda graph, target, **_: graph)
 
 
 # The file

@@ -285,3 +285,14 @@ def test_weights_are_stored_apart_where_they_differ(every: Path, tmp_path: Path)
     stored = onnx.load(tmp_path / "2.onnx")
     (kept,) = (x for x in stored.graph.initializer if x.name == "model.embeddings.tok_embeddings.weight")
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(kept), changed)
+
+
+def test_operators_may_stay_nodes(checkpoint: Path, tmp_path: Path) -> None:
+    export(str(checkpoint), tmp_path / "out", precisions=("fp32", "int8-weights"), max_length=70, keep_functions=True)
+    for artifact in Bundle.open(tmp_path / "out").manifest.artifacts:
+        proto = onnx.load(tmp_path / "out" / artifact.file, load_external_data=False)
+        nodes = {node.op_type for node in proto.graph.node if node.domain == "modernbert"}
+        assert nodes == {"ModernBertRotary", "ModernBertLocalAttention", "ModernBertGlobalAttention"}
+        assert nodes <= {function.name for function in proto.functions}
+    with pytest.raises(InputError, match="keep_functions goes with portable, openvino and ort-cuda"):
+        export(str(checkpoint), tmp_path / "no", targets=("tensorrt",), keep_functions=True)

@@ -183,7 +183,7 @@ def test_wrong_graph_is_not_written(
     bias = graph.graph.initializers["head.classifier.bias"]
     bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(1e-3), name=bias.name)  # type: ignore[union-attr]
     monkeypatch.setattr(build_module, "trace", lambda *_, **__: graph)
-    monkeypatch.setattr(build_module, "lower", lambda traced, target: traced)
+    monkeypatch.setattr(build_module, "lower", lambda traced, target, **_: traced)
     with pytest.raises(ParityError, match="FAILED"):
         export(str(folder / "token-classification"), tmp_path / "out", task="token-classification")
     assert not (tmp_path / "out").exists()

@@ -77,6 +77,7 @@ class Builder:
         scratch: where files go that are wanted to make others of only.
         on_text: what files in integers are measured on.
         levels: largest integer that stands for a weight in int8.
+        keep_functions: whether graphs keep their operators' bodies as functions.
         progress: is told what is being done, in a few words.
     """
 
@@ -85,6 +86,7 @@ class Builder:
     scratch: Path
     on_text: OnText
     levels: int = LEVELS
+    keep_functions: bool = False
     progress: Progress = lambda _: None
 
     def build(self, model: Loaded, variants: Sequence[Variant], rows: Rows) -> list[Built]:
@@ -157,7 +159,7 @@ class Builder:
         built = {}
         for variant in variants:
             self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
-            graph = lower(traced.clone(), variant.target)
+            graph = lower(traced.clone(), variant.target, inline=not self.keep_functions)
             if has_only_token(self.source.task, variant.target, with_globals=self.source.config.num_global_tokens > 0):
                 add_only_token(graph)
             file = folder / variant.file

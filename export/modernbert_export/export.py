@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import ParityError
+from modernbert.errors import InputError, ParityError
 from modernbert.output import whole_directory
 from modernbert_export.build import Builder, Built
 from modernbert_export.bundle import hash_files, write_model_files
@@ -26,6 +26,7 @@ from modernbert_export.contents import Contents, read_contents
 from modernbert_export.lower import TargetForm
 from modernbert_export.on_text import OnText
 from modernbert_export.only_token import ONLY_TOKEN
+from modernbert_export.ops.op import OPSET
 from modernbert_export.packed import PACKED_INPUTS, check_packable
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
@@ -73,6 +74,7 @@ def export(
     text: str | os.PathLike[str] | None = None,
     reduce_range: bool | None = None,
     packed: bool = False,
+    keep_functions: bool = False,
     progress: Progress = lambda _: None,
     proven: Callable[[Exported], None] = lambda _: None,
 ) -> Manifest:
@@ -89,6 +91,8 @@ def export(
         text: file with one text a line, on which integers are chosen and proven; built-in ones when absent.
         reduce_range: 7-bit weights in int8, for CPUs without VNNI; by default if this machine's CPU is one.
         packed: portable graphs in packed form too (`modernbert_export.packed`), for this project's own runtime.
+        keep_functions: leave the operators of the domain `modernbert` as nodes, their bodies as functions beside them,
+            for those who bring kernels; not for tensorrt, whose parser has rules of its own.
         progress: is told what is being done, in a few words.
         proven: is told of each artifact that passed, with its report and what is in the graph.
 
@@ -97,6 +101,8 @@ def export(
         ParityError: a graph does not compute what PyTorch does.
     """
     variants = choose_variants(targets, precisions, packed=packed)
+    if keep_functions and "tensorrt" in targets:
+        raise InputError("keep_functions goes with portable, openvino and ort-cuda, not with target tensorrt")
     made = {variant.precision for variant in variants}
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
@@ -132,6 +138,7 @@ def export(
                 scratch=Path(scratch),
                 on_text=on_text,
                 levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
+                keep_functions=keep_functions,
                 progress=progress,
             )
             built = builder.build(model_for_task, variants, sampler.rows if sampler else {})
@@ -139,7 +146,7 @@ def export(
         gc.collect()  # graphs are full of cycles
         for one in built:
             outputs = None if embeds else TASKS[task].outputs(source.config)
-            check_saved(one.file, one.variant.form, outputs, packed=one.variant.packed)
+            check_saved(one.file, one.variant.form, outputs, packed=one.variant.packed, with_functions=keep_functions)
             _check_lint(one, with_globals=source.config.num_global_tokens > 0)
         artifacts = []
         for one in built:
@@ -248,14 +255,20 @@ def _check_lint(built: Built, *, with_globals: bool) -> None:
 
 
 def check_saved(
-    file: Path, form: TargetForm, outputs: Mapping[str, Sequence[str | int]] | None = None, *, packed: bool = False
+    file: Path,
+    form: TargetForm,
+    outputs: Mapping[str, Sequence[str | int]] | None = None,
+    *,
+    packed: bool = False,
+    with_functions: bool = False,
 ) -> None:
-    """Reads a saved graph back and refuses a frozen axis, another form than its target's, or a function left.
+    """Reads a saved graph back and refuses a frozen axis, another form than its target's, or a function left over.
 
     Args:
         file: the graph.
         outputs: name -> axes of what it must give; those of an embedding model when absent.
         packed: whether it is of the packed form.
+        with_functions: whether it must have functions.
 
     Raises:
         ParityError: the file is not what was meant.
@@ -276,12 +289,13 @@ def check_saved(
     wanted |= {name: list(shape) for name, shape in outputs.items()}
     integers, floats = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     opsets = {opset.domain: opset.version for opset in proto.opset_import}
+    own = {OPSET.domain: OPSET.version} if with_functions else {}
     for what, got, want in (
         ("axes", axes, wanted),
         ("types", types, dict.fromkeys(inputs, integers) | dict.fromkeys(outputs, floats)),
-        ("opsets", opsets, {"": form.opset, **form.domains}),
+        ("opsets", opsets, {"": form.opset, **form.domains, **own}),
         ("ir_version", proto.ir_version, form.ir_version),
-        ("functions", [function.name for function in proto.functions], []),
+        ("functions", bool(proto.functions), with_functions),
     ):
         if got != want:
             raise ParityError(f"{file.name}: {what} must be {want}, but the saved file has {got}")

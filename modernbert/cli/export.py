@@ -32,8 +32,8 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8, int8-qdq, fp8, or several with commas between, of which each target gets "
-            "those that it has; default: fp16 for tensorrt, else fp32."
+            help="fp32, fp16, bf16, int8, int8-weights, int4-weights, int8-qdq, fp8, or several with commas between, "
+            "of which each target gets those that it has; default: fp16 for tensorrt, else fp32."
         ),
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, cls or global; default: what the checkpoint says.")] = None,
@@ -48,6 +48,10 @@ def export(
     ] = None,
     packed: Annotated[
         bool, typer.Option("--packed", help="Portable graphs for packed tokens too, which `embed` prefers on a CPU.")
+    ] = False,
+    keep_functions: Annotated[
+        bool,
+        typer.Option("--keep-functions", help="Leave attention and rotation as nodes of their own, with their bodies."),
     ] = False,
 ) -> None:
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
@@ -73,6 +77,7 @@ def export(
             text=text,
             reduce_range=reduce_range,
             packed=packed,
+            keep_functions=keep_functions,
             progress=tell,
             proven=artifacts.append,
         )
