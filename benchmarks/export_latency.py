@@ -42,10 +42,11 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import measure
 import numpy as np
+from command import OneLineParser, complain, positive
 from layer_times import as_markdown as layers_as_markdown
 from layer_times import layer_times
 from rich.console import Console
@@ -413,15 +414,6 @@ def judge(ratio: dict[str, Any], peak: int, least: float, most: float | None) ->
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line to options; ends the program with status 2 and one line on bad usage."""
 
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            sys.exit(complain(message, 2))
-
-    def positive(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
-        return int(text)
-
     def directory(text: str) -> Path:
         if not Path(text).is_dir():
             raise argparse.ArgumentTypeError(f"must be a directory that exists, not {text!r}")
@@ -552,12 +544,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
     memory_axis.set(xlabel="tokens", ylabel="peak RSS, GB")
     time_axis.legend()
     figure.savefig(file, dpi=150)
-
-
-def complain(message: object, status: int) -> int:
-    """Print one line of error and return the exit code."""
-    print(f"export_latency: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

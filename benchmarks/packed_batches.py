@@ -22,10 +22,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import measure
 import numpy as np
+from command import OneLineParser, complain, positive
 from rich.console import Console
 from rich.table import Table
 
@@ -60,8 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = benchmark(options)
     except (ModernBertRuntimeError, OSError) as error:
-        print(f"packed_batches: {error}", file=sys.stderr)
-        return 2
+        return complain(error, 2)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "packed_batches.json"
     file.write_text(json.dumps(report, indent=1) + "\n")
@@ -143,22 +143,8 @@ def as_table(report: dict[str, Any]) -> Table:
     return table
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Bad usage in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it and end."""
-        print(f"packed_batches: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a number of at least 1, not {text!r}")
-        return int(text)
 
     def some_sets(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(SETS):

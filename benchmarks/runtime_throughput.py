@@ -40,10 +40,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import measure
 import numpy as np
+from command import OneLineParser, complain, positive
 from export_latency import export_peer
 from rich.console import Console
 from rich.table import Table
@@ -85,11 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         report = benchmark(options, keep)
     except (ModernBertRuntimeError, OSError, ValueError, KeyError) as error:
-        print(f"runtime_throughput: {error}", file=sys.stderr)
-        return 2
+        return complain(error, 2)
     except KeyboardInterrupt:
-        print(f"runtime_throughput: interrupted; rounds that were done are in {files[0]}", file=sys.stderr)
-        return 130
+        return complain(f"interrupted; rounds that were done are in {files[0]}", 130)
     Console(width=None if sys.stdout.isatty() else 140).print(as_table(report))
     progress_to.print(f"Raw samples, table: {options.out}/runtime_throughput.json, .md", soft_wrap=True)
     failed = report["disagreeing"] or any("fail" in row["verdict"] for row in report["rows"])
@@ -391,22 +390,8 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", caption(report), ""])
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Bad usage in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say it and end."""
-        print(f"runtime_throughput: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line's options."""
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be a number of at least 1, not {text!r}")
-        return int(text)
 
     def directory(text: str) -> Path:
         if not Path(text).is_dir():

@@ -46,6 +46,7 @@ from typing import Any
 
 import measure
 import numpy as np
+from command import OneLineParser, complain, positive
 from torch_worker import OURS, PEER, Candidate, OutOfMemoryError, Worker, disagreement, make_checkpoint, write_batch
 
 # fp32 sums in another order: the deepest gradients agree to about four digits.
@@ -467,11 +468,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be distinct numbers of at least 1 between commas, not {text!r}")
         return found
 
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}")
-        return int(text)
-
     def some_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
         def read(text: str) -> list[str]:
             if not text or not set(text.split(",")) <= set(names):
@@ -481,7 +477,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return read
 
     work = Path(tempfile.gettempdir(), "modernbert-training-step")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=["base", "tiny"], default="base", help="default: base")
     add("--lengths", type=numbers, default=[512, 2048, 4096, 8192], metavar="N,...", help="default: 512,2048,4096,8192")
@@ -511,12 +507,6 @@ def now() -> str:
 def tell(message: str) -> None:
     """Progress, on standard error, with the time of day."""
     print(f"{datetime.datetime.now():%H:%M:%S}  {message}", file=sys.stderr, flush=True)
-
-
-def complain(message: object, status: int) -> int:
-    """Print one line of error and return the exit code."""
-    print(f"training_step: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -212,10 +212,10 @@ def test_integers_decide_as_the_checkpoint_does(
     monkeypatch.setattr(lower_module, "FOLD_LIMIT", SIZES["vocab_size"] * SIZES["hidden_size"] - 1)
     manifest = export(str(folder / task), tmp_path / "out", task=task, precisions=["int8", "int8-weights"])
     assert all(artifact.parity["text_agreement"] >= 0.95 for artifact in manifest.artifacts)
-    for report in verify_bundle(tmp_path / "out"):
+    for artifact, report in zip(manifest.artifacts, verify_bundle(tmp_path / "out"), strict=True):
         assert report.passed
         assert isinstance(report.text, DecisionFidelity)
-        assert report.text.agreement == manifest.artifacts[0].parity["text_agreement"] or report.precision != "int8"
+        assert report.text.agreement == artifact.parity["text_agreement"]
     for artifact in manifest.artifacts:
         graph = onnx.load(tmp_path / "out" / artifact.file).graph
         floats = max(np.prod(x.dims) for x in graph.initializer if x.data_type == onnx.TensorProto.FLOAT)

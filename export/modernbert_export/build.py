@@ -104,13 +104,13 @@ class Builder:
         precisions = {variant.precision for variant in variants}
         choices: list[LinearChoice] = []
         errors: dict[str, dict[str, float]] = {}
+        if "int4-weights" in precisions:  # before int8 scales weights, and not the sampled inputs with them
+            self.progress("int4-weights: measuring the error of each linear layer")
+            errors["int4-weights"] = weight_errors(model.encoder, rows, 4)
         if "int8" in precisions:
             self.progress("int8: measuring the error of each linear layer")
             choices = smooth(model.encoder, rows, self.levels)
             errors["int8"] = {choice.name: choice.error for choice in choices}
-        if "int4-weights" in precisions:
-            self.progress("int4-weights: measuring the error of each linear layer")
-            errors["int4-weights"] = weight_errors(model.encoder, rows, 4)
         built: dict[Variant, Built] = {}
         weights = _shared_weights(self.directory, wanted["fp32"])
         for packed in (False, True):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modernbert_export.ops.global_attention import QUERY_BLOCK, ModernBertQueryBlocks
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
-from modernbert_export.ops.packed_local_attention import ModernBertPackedLocalAttention
+from modernbert_export.ops.packed_local_attention import ModernBertPackedLocalAttention, attend_where
 
 
 @torch.library.custom_op("modernbert::packed_global_attention", mutates_args=())
@@ -26,9 +26,7 @@ def packed_global_attention(
     q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
 ) -> Tensor:
     """Softmax attention [1, H, T, K] of scaled queries within the document; `radius` changes how, not what."""
-    seen_TT = document_T[:, None] == document_T
-    scores_1HTT = (q_1HTK @ k_1HTK.mT).masked_fill(~seen_TT, float("-inf"))
-    return (scores_1HTT.softmax(-1) @ v_1HTK).contiguous()
+    return attend_where(q_1HTK, k_1HTK, v_1HTK, document_T[:, None] == document_T)
 
 
 @packed_global_attention.register_fake

@@ -29,10 +29,11 @@ def packed_local_attention(
     """
     token_T = torch.arange(q_1HTK.shape[2], device=q_1HTK.device)
     seen_TT = (token_T[:, None] - token_T).abs() <= radius
-    return _attend(q_1HTK, k_1HTK, v_1HTK, seen_TT & (document_T[:, None] == document_T))
+    return attend_where(q_1HTK, k_1HTK, v_1HTK, seen_TT & (document_T[:, None] == document_T))
 
 
-def _attend(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, seen_TT: Tensor) -> Tensor:
+def attend_where(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, seen_TT: Tensor) -> Tensor:
+    """The reference of both packed operators: softmax attention of scaled queries over the keys that each may see."""
     scores_1HTT = (q_1HTK @ k_1HTK.mT).masked_fill(~seen_TT, float("-inf"))
     return (scores_1HTT.softmax(-1) @ v_1HTK).contiguous()
 
