@@ -17,6 +17,7 @@ from conftest import TINY, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import modernbert_export.build as build_module
+import modernbert_export.export as export_module
 from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
 from modernbert_export.contents import read_contents
@@ -29,6 +30,7 @@ from modernbert_export.precision.weight_only import Bits, block_weight
 from modernbert_export.text_fidelity import TextFidelity
 from modernbert_export.verify import verify_bundle
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.machine import multiplies_int8_exactly
 
 PRECISIONS = ("fp32", "int8", "fp16", "int8-weights")
 
@@ -47,7 +49,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def several(checkpoint: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in all precisions."""
     out = tmp_path_factory.mktemp("several") / "bundle"
-    export(str(checkpoint), out, precisions=PRECISIONS, text=texts, reduce_range=False)
+    export(str(checkpoint), out, precisions=PRECISIONS, text=texts)
     return out
 
 
@@ -64,6 +66,7 @@ def test_one_bundle_holds_all_precisions(several: Path) -> None:
     reports = json.loads((several / "parity.json").read_text())["artifacts"]
     assert [report["precision"] for report in reports] == list(PRECISIONS)
     assert artifacts[1].parity["text_min_cosine"] >= 0.99
+    assert [artifact.reduced_range for artifact in artifacts] == [None, not multiplies_int8_exactly(), None, None]
     assert "<svg" in (several / "parity.svg").read_text()
 
 
@@ -172,6 +175,21 @@ def test_scales_are_powers_of_two_and_larger_where_the_input_is() -> None:
     scale = smoothing_scales(x, torch.ones(5, 6), 0.5)
     assert torch.equal(scale.log2(), scale.log2().round())
     assert scale[2] / scale[0] in (8, 16)  # sqrt(100), rounded
+
+
+def test_without_vnni_int8_keeps_to_7_bits(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "multiplies_int8_exactly", lambda: False)
+    with pytest.raises(InputError, match="no VNNI"):
+        export(str(checkpoint), tmp_path / "out", precisions=["int8"], text=texts, reduce_range=False)
+    manifest = export(str(checkpoint), tmp_path / "out", precisions=["int8"], text=texts)
+    assert manifest.artifacts[0].reduced_range
+    graph = onnx.load(tmp_path / "out" / manifest.artifacts[0].file).graph
+    integers = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [integers[node.input[1]] for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(weights) == 28
+    assert {int(np.abs(weight).max()) for weight in weights} == {63}
 
 
 @pytest.mark.parametrize("levels", [127, 63])

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_runtime_tiny_bundle import expected_vector, write_tiny_bundle
 
-from modernbert_runtime import BundleError, Embedder, EngineError, InputError, machine
+from modernbert_runtime import BundleError, Embedder, EngineError, InputError, engines, machine
 from modernbert_runtime.manifest import Manifest
 from modernbert_runtime.memory import resident_bytes
 from modernbert_runtime.onnxruntime_engine import CPU, OnnxRuntimeEngine
@@ -39,9 +39,9 @@ def reference(bundle: Path) -> Iterator[np.ndarray]:
         yield embedder.embed(TEXTS)
 
 
-def with_int8(manifest: Manifest) -> Manifest:
+def with_int8(manifest: Manifest, reduced_range: bool | None = True) -> Manifest:
     first, *others = manifest.artifacts
-    return replace(manifest, artifacts=(replace(first, precision="int8"), *others))
+    return replace(manifest, artifacts=(replace(first, precision="int8", reduced_range=reduced_range), *others))
 
 
 def for_openvino(manifest: Manifest) -> Manifest:
@@ -228,6 +228,40 @@ def test_the_older_form_of_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for text, cpus in (("-1", 0.0), ("250000", 2.5), ("nonsense", 0.0)):
         quota.write_text(text)
         assert machine._quota() == cpus
+
+
+@pytest.mark.parametrize(
+    ("processor", "cpuinfo", "exact"),
+    [
+        ("x86_64", "flags : fpu avx2 avx512_vnni", True),
+        ("AMD64", "flags : fpu avx2 avx_vnni", True),
+        ("x86_64", "flags : fpu avx2 avx512f", False),
+        ("x86_64", None, False),  # macOS and Windows do not tell
+        ("arm64", None, True),
+    ],
+)
+def test_without_vnni_8_bits_overflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processor: str, cpuinfo: str | None, exact: bool
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine.platform, "machine", lambda: processor)
+    assert machine.multiplies_int8_exactly() == exact
+
+
+def test_weights_of_8_bits_are_refused_where_they_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "multiplies_int8_exactly", lambda: False)
+    for reduced in (True, False, None):  # None is of a bundle that does not say
+        out = write_tiny_bundle(tmp_path / str(reduced), change=lambda manifest, r=reduced: with_int8(manifest, r))
+        if reduced:
+            Embedder.load(out, engine="onnxruntime", precision="int8").close()
+            continue
+        with pytest.raises(EngineError, match=r"8-bit weights.*without VNNI.*--reduce-range"):
+            Embedder.load(out, engine="onnxruntime", precision="int8")
+        monkeypatch.setattr(engines, "multiplies_int8_exactly", lambda: True)
+        Embedder.load(out, engine="onnxruntime", precision="int8").close()
+        monkeypatch.setattr(engines, "multiplies_int8_exactly", lambda: False)
 
 
 # Memory

@@ -222,8 +222,10 @@ def test_integers_decide_as_the_checkpoint_does(
         assert floats <= SIZES["hidden_size"] ** 2  # no table, no decoder: the head's own layer is the largest
 
 
-def test_integers_order_texts_as_a_cross_encoder_does(one_label: Path, tmp_path: Path) -> None:
-    manifest = export(str(one_label), tmp_path / "out", task="text-classification", precisions=["int8"])
+def test_integers_order_texts_as_a_cross_encoder_does(tmp_path: Path) -> None:
+    # The mean of all tokens: in a random model of this size the first token alone drowns in the noise of 7 bits.
+    source = write_checkpoint(tmp_path / "cross", "SequenceClassification", num_labels=1, classifier_pooling="mean")
+    manifest = export(str(source), tmp_path / "out", task="text-classification", precisions=["int8"])
     assert manifest.artifacts[0].parity["text_rank_correlation"] >= 0.95
 
 

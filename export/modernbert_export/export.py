@@ -31,7 +31,7 @@ from modernbert_export.packed import PACKED_INPUTS, check_packable
 from modernbert_export.parity import ParityReport
 from modernbert_export.plot import error_plot
 from modernbert_export.precision.calibrate import InputSampler
-from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS, needs_reduced_range
+from modernbert_export.precision.int8 import LEVELS, REDUCED_LEVELS
 from modernbert_export.precision.modelopt import MODES, require_modelopt
 from modernbert_export.references import References, compute_references
 from modernbert_export.source import Source, mask_token, open_source
@@ -41,6 +41,7 @@ from modernbert_export.texts import FEW_TOKENS, MOST_TOKENS, TextSet
 from modernbert_export.trace import INPUTS, OUTPUTS
 from modernbert_export.variants import INTEGERS, QUANTISED, Variant, choose_variants
 from modernbert_export.verify import fidelity_grid, verify, verify_head
+from modernbert_runtime.machine import multiplies_int8_exactly
 from modernbert_runtime.manifest import MANIFEST_NAME, Artifact, Manifest
 from modernbert_runtime.manifest import Source as ManifestSource
 
@@ -104,6 +105,13 @@ def export(
     if keep_functions and "tensorrt" in targets:
         raise InputError("keep_functions goes with portable, openvino and ort-cuda, not with target tensorrt")
     made = {variant.precision for variant in variants}
+    if reduce_range is None:
+        reduce_range = not multiplies_int8_exactly()
+    elif "int8" in made and not reduce_range and not multiplies_int8_exactly():
+        raise InputError(
+            "int8 without reduce_range cannot be proven here: this CPU has no VNNI, without which products of 8 bits "
+            "overflow. Leave the option out, or export where there is VNNI"
+        )
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
     if packed:
@@ -137,7 +145,7 @@ def export(
                 directory=partial / "onnx",
                 scratch=Path(scratch),
                 on_text=on_text,
-                levels=REDUCED_LEVELS if (needs_reduced_range() if reduce_range is None else reduce_range) else LEVELS,
+                levels=REDUCED_LEVELS if reduce_range else LEVELS,
                 keep_functions=keep_functions,
                 progress=progress,
             )
@@ -179,6 +187,7 @@ def export(
                     opset=artifact.variant.form.opset,
                     ir_version=artifact.variant.form.ir_version,
                     max_length=artifact.variant.max_length,
+                    reduced_range=reduce_range if artifact.variant.precision == "int8" else None,
                     parity=artifact.report.summary(),
                     # What is fused away is in the estimate of a graph, and not in what its engine needs.
                     activation_bytes={} if artifact.variant.form.quadratic else artifact.contents.activation_bytes,

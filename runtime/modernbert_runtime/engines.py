@@ -10,6 +10,7 @@ from modernbert_runtime.cuda_device import find_gpus
 from modernbert_runtime.engine import Engine, PackedEngine
 from modernbert_runtime.errors import BundleError, EngineError, InputError, one_line
 from modernbert_runtime.gpu_engines import FoundPlans, bundle_plans, open_plans, open_profiled
+from modernbert_runtime.machine import multiplies_int8_exactly
 from modernbert_runtime.manifest import PACKED, Artifact
 from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine, PackedOnnxRuntimeEngine, load_onnxruntime
 from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, cuda_options, provider_names
@@ -77,6 +78,11 @@ def open_engine(
     else:
         names = provider_names(chosen.providers)
         artifact = _onnxruntime_artifact(bundle, names, precision, packed)
+        if artifact.precision == "int8" and not artifact.reduced_range and not multiplies_int8_exactly():
+            raise EngineError(
+                f"{artifact.file!r} has 8-bit weights, whose products overflow on CPUs without VNNI, such as this one: "
+                "export the bundle with --reduce-range, or choose another precision"
+            )
 
         def session(file: Artifact, provider_options: Mapping[str, Mapping[str, str]]) -> Any:
             engine_class = PackedOnnxRuntimeEngine if file.target == PACKED else OnnxRuntimeEngine

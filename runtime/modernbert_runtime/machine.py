@@ -3,9 +3,11 @@
 import ctypes
 import math
 import os
+import platform
 import sys
 from pathlib import Path
 
+_CPUINFO = Path("/proc/cpuinfo")
 _QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us"))
 
 
@@ -22,6 +24,17 @@ def usable_threads() -> int | None:
     limits.append(math.ceil(_quota()) if _quota() else cores)
     usable = max(1, min(limits))
     return usable if usable < cores else None
+
+
+def multiplies_int8_exactly() -> bool:
+    """Whether ONNX Runtime's products of unsigned and signed 8-bit integers are exact on this CPU.
+
+    Without VNNI, x86 adds two of them in 16 bits, which overflow unless one side keeps to 7 bits. False where nothing
+    tells.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return _CPUINFO.exists() and "vnni" in _CPUINFO.read_text()
 
 
 def return_free_memory() -> None:

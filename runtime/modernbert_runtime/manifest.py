@@ -61,6 +61,7 @@ class Artifact:
         activation_bytes: tokens (as decimal digits) -> estimated peak of what a run on one row of that many needs
             beside the weights; empty when unknown.
         max_length: most tokens that it is for, where that is less than the model takes; else None.
+        reduced_range: of int8, whether weights keep to 7 bits, which CPUs without VNNI need; else None.
     """
 
     target: str
@@ -72,6 +73,7 @@ class Artifact:
     parity: Mapping[str, float]
     activation_bytes: Mapping[str, int] = field(default_factory=dict)
     max_length: int | None = None
+    reduced_range: bool | None = None
 
     def __post_init__(self) -> None:
         _check_name("artifact.target", self.target)
@@ -243,6 +245,7 @@ def _artifact(data: dict[str, object], where: str) -> Artifact:
         parity=dict(zip(parity, _numbers(list(parity.values()), f"{where}parity"), strict=True)),
         activation_bytes={tokens: _typed(f"{where}activation_bytes", size, int) for tokens, size in memory.items()},
         max_length=None if data.get("max_length") is None else _field(data, "max_length", int, where),
+        reduced_range=None if data.get("reduced_range") is None else _field(data, "reduced_range", bool, where),
     )
 
 

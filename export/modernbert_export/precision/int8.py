@@ -8,9 +8,7 @@ embedding table one scale.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -26,16 +24,8 @@ from modernbert_export.precision.linears import (
 )
 
 LEVELS = 127
-# Without VNNI, x86 adds two products of 8 bits in 16, which saturates: 7 bits for weights leave room.
+# For CPUs on which 8 bits overflow: see `modernbert_runtime.machine.multiplies_int8_exactly`.
 REDUCED_LEVELS = 63
-
-
-def needs_reduced_range() -> bool:
-    """Whether this machine multiplies 8-bit integers without VNNI, so that full weights would saturate."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return not cpuinfo.exists() or "vnni" not in cpuinfo.read_text()
 
 
 def quantize(model: ir.Model, config: ModernBertConfig, *, kept: Collection[str], levels: int = LEVELS) -> ir.Model:
