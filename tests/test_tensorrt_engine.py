@@ -383,7 +383,12 @@ def test_close_gives_everything_back(cuda: Cuda, plans: Path) -> None:
     for _ in range(2):
         engine.run(*batch(1, 5))
     assert cuda.memory
+    plan_bytes = sum(path.stat().st_size for path in plans.glob("*.plan"))
+    # Ids and mask, 8 bytes each, and both outputs in fp32, of the largest batch; the stand-in's scratch.
+    tokens, width = 2 * 600, TINY["hidden_size"]
+    assert engine.device_bytes == plan_bytes + 2 * 8 * tokens + 4 * (tokens + 4) * width + (1 << 10)
     engine.close()
+    assert engine.device_bytes == 0
     engine.close()
     assert not cuda.memory
     assert cuda.graphs == 0

@@ -147,6 +147,12 @@ class TensorRtEngine:
                 parts = [self._run(index, input_ids[piece], attention_mask[piece], output) for piece in pieces]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the GPU for plans and buffers, not for CUDA itself and captured graphs; 0 when closed."""
+        buffers = [buffer.nbytes for buffer in self._open if isinstance(buffer, DeviceBuffer)]
+        return self._plan_bytes + sum(buffers) if buffers else 0
+
     def layers(self) -> list[str]:
         """What the plans compute, as TensorRT's inspector names it; a layer that was fused of several has a + in it.
 
@@ -178,8 +184,11 @@ class TensorRtEngine:
 
     def _load(self, trt: Any, plans: Plans) -> None:
         loaded = {}
+        self._plan_bytes = 0
         for name in dict.fromkeys(PlanRecord.file_of(profile.graph) for profile in self._profiles):
-            loaded[name] = self._runtime.deserialize_cuda_engine(plans.load(name))
+            plan = plans.load(name)
+            self._plan_bytes += len(plan)
+            loaded[name] = self._runtime.deserialize_cuda_engine(plan)
             if loaded[name] is None:
                 raise EngineError(f"TensorRT cannot load {name!r}: build the plans again")
         self._engines = [loaded[PlanRecord.file_of(profile.graph)] for profile in self._profiles]

@@ -148,9 +148,7 @@ class _Lint:
                 yield Finding(rule="float64", where=name, message="the parser rounds float64 to fp32 without a word")
         for output in self.graph.output:
             if self.types[output.name] != TensorProto.FLOAT:
-                message = (
-                    "outputs are fp32: NumPy has no bf16, and readers expect one type of all precisions"
-                )
+                message = "outputs are fp32: NumPy has no bf16, and readers expect one type of all precisions"
                 yield Finding(rule="output", where=output.name, message=message)
         for name, tensor in self.constants.items():
             if not np.isfinite(self._floats(tensor)).all():
