@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint peers slow bench bench-training bench-gpu clean
+.PHONY: demo test lint peers slow tensorrt bench bench-training bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/modernbert demo
@@ -24,6 +24,10 @@ peers: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# TensorRT's plans built and run on a machine that has it and a GPU: nothing is installed, so PYTHON must have them.
+tensorrt:
+	$(PYTHON) -m pytest -m tensorrt tests/test_tensorrt_gpu.py
 
 # Our export against transformers' on this machine: 15 minutes, 20 GB.
 bench: $(STAMP)

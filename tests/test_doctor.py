@@ -199,3 +199,25 @@ def test_cpu_is_read_on_x86_and_on_arm() -> None:
 def test_no_length_within_the_limit_is_refused() -> None:
     with pytest.raises(InputError, match="at most 32"):
         make_cases(10, 32, [64, 512])
+
+
+def test_layers_and_memory_of_tensorrt_are_told(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that was built to be inspected; the process that runs it is replaced by its answer."""
+    answer = {"name": "tensorrt 11.4", "load_seconds": 1.0, "peak_bytes": 1, "device_bytes": 1_234_567_890}
+    answer |= {"seconds": {"5": 0.1}, "layers": ["kernel = n3 + n4", "norm"]}
+    tried = Candidate(name="tensorrt fp16", engine="tensorrt", precision="fp16")
+
+    def run_one(bundle: Bundle, candidate: Candidate, cases: Path, out: Path) -> dict[str, Any]:
+        given = np.load(cases)
+        np.savez(out, **{"5": 1 + given["ids_5"][:, :, None].astype(np.float32)})
+        return answer
+
+    monkeypatch.setattr(module, "_run", run_one)
+    monkeypatch.setattr("modernbert_runtime.doctor.find_candidates", lambda *_: [ORT, tried])
+    code, out, _ = run(capsys, monkeypatch, str(bundle), "--lengths", "5")
+    text = " ".join(out.split())
+    assert code == 0
+    assert "tensorrt fp16: 1.23 GB on the GPU for plans and buffers; 2 layers, 1 of them fused" in text
+    assert "fused of several: kernel = n3 + n4 Times" in text

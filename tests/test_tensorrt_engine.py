@@ -39,6 +39,13 @@ PROFILES = (
     Profile(max_batch=2, max_length=600),
 )
 HASH = "0" * 64
+
+
+class Invalidated(int):
+    name = "cudaErrorStreamCaptureInvalidated"
+
+
+INVALIDATED = Invalidated(901)
 KEY = PlanKey(
     onnx_sha256=HASH, tensorrt="11.4.0", gpu="Test GPU", compute_capability="9.0", precision="fp16", profiles=PROFILES
 )
@@ -54,6 +61,8 @@ class Cuda:
     def __init__(self) -> None:
         self.memory: dict[int, Any] = {}
         self.recording: list[Any] | None = None
+        self.device = 0
+        self.captures = True  # whether the engine can be captured
         self.launches = 0
         self.graphs = 0
 
@@ -78,7 +87,14 @@ class Cuda:
     cudaFreeHost = cudaFree
 
     def cudaGetDevice(self) -> tuple[int, int]:
-        return 0, 0
+        return 0, self.device
+
+    def cudaSetDevice(self, device: int) -> tuple[int]:
+        self.device = device
+        return (0,)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (0,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
         return 0, types.SimpleNamespace(name=b"Test GPU", major=9, minor=0)
@@ -103,7 +119,7 @@ class Cuda:
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
         recorded, self.recording = self.recording, None
-        return 0, recorded
+        return (0, recorded) if self.captures else (INVALIDATED, None)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
         self.graphs += 1
@@ -152,7 +168,7 @@ class Engine:
 
     def __init__(self, plan: bytes, cuda: Cuda) -> None:
         self.session = onnxruntime.InferenceSession(plan, providers=["CPUExecutionProvider"])
-        self.cuda = cuda
+        self.cuda, self.device = cuda, cuda.device
         self.modes = {value.name: "input" for value in self.session.get_inputs()}
         self.modes |= {value.name: "output" for value in self.session.get_outputs()}
         self.num_io_tensors = len(self.modes)
@@ -168,7 +184,10 @@ class Engine:
         return np.float32
 
     def create_engine_inspector(self) -> Any:
-        layers: list[Any] = ["gemm + gelu", "norm"] if self.dense else [{"Name": "attention", "LayerType": "kgen"}]
+        layers: list[Any] = ["gemm + gelu", "norm"]
+        if not self.dense:
+            metadata = "[ONNX Layer: node_3 | n0 (function)]\x1e[ONNX Layer: node_4]"
+            layers = [{"Name": "attention", "LayerType": "kgen", "Metadata": metadata}, {"Name": "copy"}]
         return types.SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": layers}))
 
     def create_execution_context(self, strategy: str) -> "Context":
@@ -198,8 +217,9 @@ class Context:
     def infer_shapes(self) -> list[str]:
         return []
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return name in self.engine.modes
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         width = TINY["hidden_size"]
@@ -209,6 +229,9 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         shape, addresses = self.shape, dict(self.addresses)
+        assert self.engine.cuda.device == self.engine.device, "another GPU than that of the plan is current"
+        if self.engine.cuda.recording is not None and not self.engine.cuda.captures:
+            return False
 
         def work() -> None:
             assert self.shape == shape, "the context of a captured graph was given another shape"
@@ -303,12 +326,69 @@ def test_number_of_cuda_graphs_is_bounded(engine: TensorRtEngine, cuda: Cuda, mo
     assert cuda.graphs == 2
 
 
+def test_shapes_that_are_too_many_to_keep_are_not_captured_over_and_over(
+    engine: TensorRtEngine, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "MAX_CUDA_GRAPHS", 2)
+    for _ in range(3):
+        for rows in (1, 2, 3):
+            engine.run(*batch(rows, 5))
+    assert (cuda.graphs, cuda.launches) == (0, 0)
+
+
+def test_engine_that_cannot_be_captured_goes_on_without(
+    engine: TensorRtEngine, exact: Any, cuda: Cuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.captures = False
+    ids, mask = batch(3, 5)
+    for _ in range(4):
+        np.testing.assert_allclose(engine.run(ids, mask), exact(ids, mask), atol=0.01)
+    assert cuda.recording is None
+    (message,) = caplog.messages
+    assert message.startswith("going on without CUDA graphs")
+
+
+def test_runs_from_a_thread_with_another_gpu_are_on_that_of_the_plans(
+    engine: TensorRtEngine, exact: Any, cuda: Cuda
+) -> None:
+    cuda.device = 1
+    ids, mask = batch(2, 5)
+    for _ in range(3):
+        np.testing.assert_allclose(engine.run(ids, mask), exact(ids, mask), atol=0.01)
+    assert cuda.device == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ((Engine, "create_execution_context", None), "TensorRT cannot run Profile"),
+        ((Context, "set_tensor_address", False), "refuses the memory of 'input_ids'"),
+        ((Context, "set_optimization_profile_async", False), "TensorRT refuses Profile"),
+        ((Context, "infer_shapes", ["attention_mask"]), "refuses the shape .* lacking .'attention_mask'"),
+    ],
+    ids=lambda value: str(value)[:8],
+)
+def test_what_tensorrt_refuses_is_an_error_and_frees_everything(
+    cuda: Cuda, plans: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[type, str, Any], message: str
+) -> None:
+    owner, name, answer = broken
+    monkeypatch.setattr(owner, name, lambda *_: answer)
+    with pytest.raises(EngineError, match=message):
+        TensorRtEngine(at(plans), onnx_sha256=HASH)
+    assert not cuda.memory
+
+
 def test_close_gives_everything_back(cuda: Cuda, plans: Path) -> None:
     engine = TensorRtEngine(at(plans), onnx_sha256=HASH)
     for _ in range(2):
         engine.run(*batch(1, 5))
     assert cuda.memory
+    plan_bytes = sum(path.stat().st_size for path in plans.glob("*.plan"))
+    # Ids and mask, 8 bytes each, and both outputs in fp32, of the largest batch; the stand-in's scratch.
+    tokens, width = 2 * 600, TINY["hidden_size"]
+    assert engine.device_bytes == plan_bytes + 2 * 8 * tokens + 4 * (tokens + 4) * width + (1 << 10)
     engine.close()
+    assert engine.device_bytes == 0
     engine.close()
     assert not cuda.memory
     assert cuda.graphs == 0
@@ -335,7 +415,7 @@ def test_either_output_is_given_when_asked_for(engine: TensorRtEngine, exact: An
 
 
 def test_layers_are_those_of_every_plan_once(engine: TensorRtEngine) -> None:
-    assert engine.layers() == ["gemm + gelu", "norm", "attention"]
+    assert engine.layers() == ["gemm + gelu", "norm", "attention = node_3 + node_4", "copy"]
 
 
 def test_text_beyond_every_profile_is_refused(engine: TensorRtEngine) -> None:

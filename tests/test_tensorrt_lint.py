@@ -1,6 +1,8 @@
 """The lint over TensorRT graphs: silent on ours, and each fault that is planted into them found under its own rule."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,8 +12,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from modernbert_export.lower import lower
 from modernbert_export.ops.op import Target
-from modernbert_export.tensorrt.lint import lint
+from modernbert_export.tensorrt.lint import _OPERATORS, _TYPES, OPSETS, lint
 
+PUBLISHED = json.loads(Path(__file__).with_name("tensorrt_operators.json").read_text())
+# Its names of types, and those of ONNX.
+NAMES = {"FP32": "FLOAT", "FP16": "FLOAT16", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN"}
 TARGETS: tuple[Target, ...] = ("tensorrt", "tensorrt-dense")
 
 
@@ -28,6 +33,25 @@ def graphs(half_traced: ModelProto) -> dict[str, ModelProto]:
 def test_our_graphs_have_no_fault(graphs: dict[str, ModelProto], traced: ModelProto, target: Target) -> None:
     assert lint(graphs[target], precision="fp16") == []
     assert lint(lowered(traced, target), precision="fp32") == []
+
+
+def test_operators_and_types_are_those_that_the_parser_publishes() -> None:
+    assert [OPSETS[0], OPSETS[-1]] == PUBLISHED["opset"]
+    for name, letters in _OPERATORS.items():
+        published = {NAMES.get(kind, kind) for kind in PUBLISHED["operators"][name]}
+        ours = {TensorProto.DataType.Name(kind) for letter in letters for kind in _TYPES[letter]}
+        assert ours <= published, name
+
+
+def test_function_by_the_name_of_anything_that_the_parser_knows_is_found(graphs: dict[str, ModelProto]) -> None:
+    """Custom operators are those of onnx-tensorrt's docs/TRT_custom_ops.md."""
+    for name in (*PUBLISHED["operators"], "TRT_Attention", "TRT_QuantizedAttention", "TRT_KVCacheUpdate"):
+        model = ModelProto()
+        model.opset_import.extend([*graphs["tensorrt"].opset_import, helper.make_opsetid("modernbert", 1)])
+        model.ir_version = graphs["tensorrt"].ir_version
+        body = [helper.make_node("Identity", ["x"], ["y"])]
+        model.functions.append(helper.make_function("modernbert", name, ["x"], ["y"], body, model.opset_import[:1]))
+        assert "hijack" in {finding.rule for finding in lint(model, precision="fp16")}, name
 
 
 def first(model: ModelProto, op_type: str) -> onnx.NodeProto:
@@ -101,6 +125,16 @@ def softcap(model: ModelProto) -> None:
     first(model, "Attention").attribute.append(helper.make_attribute("softcap", 30.0))
 
 
+def softmax_precision(model: ModelProto) -> None:
+    first(model, "Attention").attribute.append(helper.make_attribute("softmax_precision", TensorProto.FLOAT))
+
+
+def output_in_half(model: ModelProto) -> None:
+    """Given as it was computed: NumPy has no bf16, and a server's config says fp32."""
+    model.graph.node.append(helper.make_node("Cast", [model.graph.output[0].name], ["half"], to=TensorProto.FLOAT16))
+    model.graph.output.append(helper.make_tensor_value_info("half", TensorProto.FLOAT16, None))
+
+
 def key_lengths(model: ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "lengths"))
     first(model, "Attention").input.extend(["", "", "lengths"])
@@ -128,6 +162,8 @@ FAULTS: dict[Callable[[ModelProto], None], str] = {
     unknown_operator: "operator",
     dynamic_heads: "attention",
     softcap: "attention",
+    softmax_precision: "attention",
+    output_in_half: "output",
     key_lengths: "attention",
     no_positions: "rotary",
     computed_axes: "constant",

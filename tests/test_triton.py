@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory, text_format
@@ -203,6 +204,13 @@ def test_plan_of_this_machine_is_the_encoder(root: Path, tmp_path: Path, monkeyp
     config = configs(tmp_path / "out")["modernbert_encoder"]
     assert (config.platform, config.max_batch_size) == ("tensorrt_plan", 2)  # what 8,192 tokens leave room for
     assert list(config.instance_group[0].profile) == ["0", "1"]  # those of 2,048 and 8,192 tokens
+    # The TensorRT backend refuses to load a plan with an input or output that the config does not have.
+    graph = onnx.load(root / "onnx/model.onnx", load_external_data=False).graph
+    listed = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
+    assert set(listed) == {value.name for value in (*graph.input, *graph.output)}
+    for value in graph.output:
+        dims = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
+        assert dims == [-1, *listed[value.name]]
     assert (tmp_path / "out/modernbert_encoder/1/model.plan").read_bytes() == b"tensorrt.plan"
     with pytest.raises(InputError, match="max_batch must be at most 2"):
         write_repository(Bundle.open(root), tmp_path / "more", encoder="tensorrt", max_batch=3)

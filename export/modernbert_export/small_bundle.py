@@ -102,6 +102,7 @@ def build_small_plans(bundle: Bundle, progress: Progress = lambda _: None) -> No
         profiles=profiles,
         precision=source.precision,
         onnx_sha256=source.sha256,
+        inspectable=True,
         progress=progress,
     )
 

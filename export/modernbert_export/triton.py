@@ -26,7 +26,7 @@ from modernbert_runtime.triton_tokenizer import ATTENTION_MASK, INPUT_IDS, TEXT
 Encoder = Literal["onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu"]
 
-OUTPUT = "sentence_embedding"
+OUTPUT, TOKENS = "sentence_embedding", "last_hidden_state"
 EMBEDDING = "embedding"
 # Requests of one shape run together, up to this many rows and tokens.
 MOST_ROWS, MOST_TOKENS = 32, 65_536
@@ -95,6 +95,7 @@ def write_repository(
     with whole_directory(out) as partial:
         version = partial / f"{name}_encoder" / "1"
         version.mkdir(parents=True)
+        tokens: list[dict[str, Any]] = []
         if encoder == "onnxruntime":
             config = _onnx_encoder(bundle, version, device, precision)
         else:
@@ -104,13 +105,15 @@ def write_repository(
                     f"max_batch must be at most {most}, which the plans take at any length, not {max_batch}"
                 )
             rows = min(rows, most)
+            # Triton's TensorRT backend wants every output of a plan in the config, whether anybody asks for it or not.
+            tokens = [_tensor(TOKENS, "TYPE_FP32", -1, manifest.dimension)]
         shared: dict[str, Any] = {"max_batch_size": rows}
         ids = [_tensor(part, "TYPE_INT64", -1) for part in (INPUT_IDS, ATTENTION_MASK)]
         config = {
             **shared,
             **config,
             "input": ids,
-            "output": [_tensor(OUTPUT, "TYPE_FP32", manifest.dimension)],
+            "output": [_tensor(OUTPUT, "TYPE_FP32", manifest.dimension), *tokens],
             "dynamic_batching": {"max_queue_delay_microseconds": QUEUE_DELAY_MICROSECONDS},
         }
         _write(partial, f"{name}_encoder", config)
@@ -188,9 +191,9 @@ def _plan_encoder(bundle: Bundle, version: Path, precision: str | None) -> tuple
     return config, min(profile.max_batch for profile in served)
 
 
-def _tensor(name: str, data_type: str, dim: int) -> dict[str, Any]:
+def _tensor(name: str, data_type: str, *dims: int) -> dict[str, Any]:
     """An input or output whose first axis is the batch, which Triton does not list."""
-    return {"name": name, "data_type": Name(data_type), "dims": [dim]}
+    return {"name": name, "data_type": Name(data_type), "dims": dims}
 
 
 def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> dict[str, Any]:

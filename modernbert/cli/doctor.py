@@ -168,7 +168,10 @@ def _print(facts: Facts, reference: Reference, checks: list[Check], *, what: str
             out.print(f"[red]{check.candidate.name} fails[/red]: {escape(check.why)}")
         if check.layers:
             fused = [name for name in check.layers if "+" in name or "ForeignNode" in name]
-            out.print(f"{check.candidate.name}: {len(check.layers)} layers, {len(fused)} of them fused of several:")
+            out.print(
+                f"{check.candidate.name}: {(check.device_bytes or 0) / 1e9:.2f} GB on the GPU for plans and buffers; "
+                f"{len(check.layers)} layers, {len(fused)} of them fused of several:"
+            )
             for name in fused:
                 out.print(f"  {escape(name)}")
     out.print(

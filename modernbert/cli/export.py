@@ -53,6 +53,10 @@ def export(
         bool,
         typer.Option("--keep-functions", help="Leave attention and rotation as nodes of their own, with their bodies."),
     ] = False,
+    workspace: Annotated[
+        str | None,
+        typer.Option(help="Most scratch memory of the GPU for TensorRT's plans, such as 4GB; default: its choice."),
+    ] = None,
 ) -> None:
     """Export a ModernBERT to ONNX and prove that it computes what PyTorch does."""
     began = time.monotonic()
@@ -60,8 +64,12 @@ def export(
     from modernbert_export.export import Exported
     from modernbert_export.export import export as export_model
     from modernbert_export.variants import split_targets
+    from modernbert_runtime.memory import parse_bytes
 
     targets, for_triton = split_targets(_names(target))
+    workspace_bytes = None if workspace is None else parse_bytes("workspace", workspace)
+    if workspace_bytes is not None and "tensorrt" not in targets:
+        raise InputError(f"workspace is for target tensorrt, not {target}; leave it out")
     if for_triton and task != "embedding":
         raise InputError(f"target triton serves embeddings; leave it out with task {task}")
     artifacts: list[Exported] = []
@@ -97,13 +105,13 @@ def export(
         if artifact.report.text is not None:
             print(f"\n{artifact.report.text.to_markdown()}")
         print(f"\n{artifact.contents.to_markdown('in the graph')}", end="")
-    planned = "tensorrt" in targets and build_plans_or_say_why(out)
+    planned = "tensorrt" in targets and build_plans_or_say_why(out, workspace_bytes)
     if for_triton:
         write_repository_or_say_why(out, targets, planned=planned)
     print(f"\nTook {time.monotonic() - began:.0f} s{_peak_memory()}.")
 
 
-def build_plans_or_say_why(bundle: Path) -> bool:
+def build_plans_or_say_why(bundle: Path, workspace_bytes: int | None = None) -> bool:
     """Prints where the TensorRT plans of this machine are, or why there are none: the bundle is whole without them.
 
     Returns:
@@ -112,17 +120,17 @@ def build_plans_or_say_why(bundle: Path) -> bool:
     from modernbert_export.tensorrt.build import plan_bundle
     from modernbert_runtime.errors import EngineError
 
+    command = f"python -m modernbert_export.tensorrt {bundle}"
     try:
         with progress() as tell:
-            plans = plan_bundle(bundle, progress=tell)
+            plans = plan_bundle(bundle, workspace_bytes=workspace_bytes, progress=tell)
         print(f"\nTensorRT plans for this machine: {', '.join(map(str, plans))}")
         return True
     except EngineError as error:
-        print(
-            f"\nNo TensorRT plans were built: {error}. On the machine that is to run them: "
-            f"python -m modernbert_export.tensorrt {bundle}"
-        )
+        print(f"\nNo TensorRT plans were built: {error}. On the machine that is to run them: {command}")
         return False
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"interrupted; {bundle} is whole without the plans: {command} builds them") from stopped
 
 
 def write_repository_or_say_why(bundle: Path, targets: list[str], *, planned: bool) -> None:

@@ -108,13 +108,22 @@ def remember(record: PlanRecord) -> Path:
         EngineError: it cannot be written.
     """
     directory = private_directory(plan_directory(record.key))
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False, encoding="utf-8") as file:
-            file.write(record.to_json())
-        os.replace(file.name, directory / RECORD_NAME)
-    except OSError as error:
-        raise EngineError(f"{str(directory)!r} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
+    write_whole(directory / RECORD_NAME, record.to_json().encode())
     return directory
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file of the user's cache that others see whole or as it was before.
+
+    Raises:
+        EngineError: it cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise EngineError(f"{str(path)!r} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
 
 
 def find_plans(bundle: Bundle, source: PlanSource, here: PlanKey, *, trust_bundle: bool = False) -> Plans:

@@ -10,9 +10,14 @@ Written against TensorRT 11.4; the names it uses exist in 10.8 too.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +28,12 @@ from modernbert_runtime.errors import EngineError, one_line
 from modernbert_runtime.plan_store import Plans
 from modernbert_runtime.tensorrt_plan import PlanKey, PlanRecord, Profile, plan_runs, round_length
 
+logger = logging.getLogger(__name__)
+
 INPUTS = ("input_ids", "attention_mask")
 # A captured graph takes some MiB on the device; these many shapes keep theirs, the one used longest ago goes first.
+# A shape gets one when it comes again within as many others: where more of them take turns, capturing each would cost
+# more than it saves.
 MAX_CUDA_GRAPHS = 32
 
 
@@ -105,6 +114,7 @@ class TensorRtEngine:
                 f"the TensorRT plans in {str(plans.directory)!r} are stale: {'; '.join(stale)}; build them again"
             )
         trt, self._cudart = load_tensorrt(), load_cudart()
+        self._device = check(self._cudart.cudaGetDevice(), "find a GPU")
         self._lock = threading.Lock()
         self._profiles = record.key.profiles
         self._output = output
@@ -112,7 +122,8 @@ class TensorRtEngine:
         self._contexts: list[Any] = []
         self._engines: list[Any] = []  # of each profile
         self._captured: OrderedDict[_Case, _Captured] = OrderedDict()
-        self._seen: set[_Case] = set()
+        self._seen: OrderedDict[_Case, None] = OrderedDict()
+        self._capturing = True
         self.name = f"tensorrt {trt.__version__} ({record.key.gpu}, {record.key.precision})"
         try:
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
@@ -132,24 +143,32 @@ class TensorRtEngine:
                 raise EngineError("the engine is closed: load the bundle again")
             self._check_output(output)
             index, pieces = plan_runs(rows, length, self._profiles)
-            parts = [self._run(index, input_ids[piece], attention_mask[piece], output) for piece in pieces]
+            with self._own_device():
+                parts = [self._run(index, input_ids[piece], attention_mask[piece], output) for piece in pieces]
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the GPU for plans and buffers, not for CUDA itself and captured graphs; 0 when closed."""
+        buffers = [buffer.nbytes for buffer in self._open if isinstance(buffer, DeviceBuffer)]
+        return self._plan_bytes + sum(buffers) if buffers else 0
+
     def layers(self) -> list[str]:
-        """What the plans compute, as TensorRT's inspector names it: a layer that was fused of several bears all names.
+        """What the plans compute, as TensorRT's inspector names it; a layer that was fused of several has a + in it.
+
+        Plans that were built to be inspected name the nodes of the graph, too: "kernel = node + node".
 
         Raises:
             EngineError: the engine is closed.
         """
-        trt, names = load_tensorrt(), []
+        trt, names = load_tensorrt(), list[str]()
         with self._lock:
             if not self._open:
                 raise EngineError("the engine is closed: load the bundle again")
             for engine in dict.fromkeys(self._engines):
                 inspector = engine.create_engine_inspector()
                 described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-                # With the profiling verbosity of a plain build a layer is its name, with a higher one an object.
-                names += [one["Name"] if isinstance(one, dict) else str(one) for one in described["Layers"]]
+                names += map(_name_of_layer, described["Layers"])
         return names
 
     def close(self) -> None:
@@ -165,8 +184,11 @@ class TensorRtEngine:
 
     def _load(self, trt: Any, plans: Plans) -> None:
         loaded = {}
+        self._plan_bytes = 0
         for name in dict.fromkeys(PlanRecord.file_of(profile.graph) for profile in self._profiles):
-            loaded[name] = self._runtime.deserialize_cuda_engine(plans.load(name))
+            plan = plans.load(name)
+            self._plan_bytes += len(plan)
+            loaded[name] = self._runtime.deserialize_cuda_engine(plan)
             if loaded[name] is None:
                 raise EngineError(f"TensorRT cannot load {name!r}: build the plans again")
         self._engines = [loaded[PlanRecord.file_of(profile.graph)] for profile in self._profiles]
@@ -193,7 +215,7 @@ class TensorRtEngine:
             context = self._context(index)
             self._set_shapes(context, profile.shapes[2])
             for name, dtype in self._outputs.items():
-                sizes[name] = max(sizes[name], int(np.prod(context.get_tensor_shape(name))) * dtype.itemsize)
+                sizes[name] = max(sizes[name], math.prod(context.get_tensor_shape(name)) * dtype.itemsize)
             self._contexts.append(context)
         self._device_out = {name: self._keep(DeviceBuffer(self._cudart, size)) for name, size in sizes.items()}
         self._host_out = self._keep(PinnedBuffer(self._cudart, max(sizes.values())))
@@ -204,9 +226,21 @@ class TensorRtEngine:
         if output not in self._outputs:
             raise EngineError(f"the plans give {', '.join(self._outputs)}, not {output}: export for this task")
 
+    @contextlib.contextmanager
+    def _own_device(self) -> Iterator[None]:
+        """CUDA's current device is each thread's own, and runs come from any thread."""
+        before = check(self._cudart.cudaGetDevice(), "find a GPU")
+        check(self._cudart.cudaSetDevice(self._device), "choose the GPU of the plans")
+        try:
+            yield
+        finally:
+            check(self._cudart.cudaSetDevice(before), "choose the GPU of before")
+
     def _context(self, index: int) -> Any:
         """A context for a profile, in the device buffer that all share: runs take turns."""
         context = self._engines[index].create_execution_context(self._managed)
+        if context is None:
+            raise EngineError(f"TensorRT cannot run {self._profiles[index]}: see its log, and `nvidia-smi` for memory")
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         if not context.set_optimization_profile_async(self._index_in_plan(index), self._stream):
             raise EngineError(f"TensorRT refuses {self._profiles[index]}: build the plans again")
@@ -216,7 +250,8 @@ class TensorRtEngine:
 
     def _set_addresses(self, context: Any) -> None:
         for name, buffer in (self._device_in | self._device_out).items():
-            context.set_tensor_address(name, buffer.address)
+            if not context.set_tensor_address(name, buffer.address):
+                raise EngineError(f"TensorRT refuses the memory of {name!r}: build the plans again")
 
     def _keep(self, buffer: Any) -> Any:
         self._open.append(buffer)
@@ -242,13 +277,14 @@ class TensorRtEngine:
             padded[:, :length] = values
             padded[:, length:] = 0
         case = (index, *shape, output)
-        if case in self._captured or case in self._seen:
-            captured = self._captured.pop(case, None) or self._capture(index, shape, output)
-            self._captured[case] = captured  # the one used last stands last
+        captured = self._captured.get(case)
+        if captured is not None:
+            self._captured.move_to_end(case)
             context = captured.context
             check(self._cudart.cudaGraphLaunch(captured.graph, self._stream), "launch a CUDA graph")
+        elif self._recurs(case):
+            context = self._run_and_capture(case)
         else:
-            self._seen.add(case)
             context = self._contexts[index]
             self._set_shapes(context, shape)
             self._enqueue(context, shape, output)
@@ -257,6 +293,16 @@ class TensorRtEngine:
         result = self._host_out.array(shape_out, self._outputs[output]).copy()
         return result[:, :length] if result.ndim == 3 else result
 
+    def _recurs(self, case: _Case) -> bool:
+        """Whether a case came up lately, so that a graph of it will pay."""
+        if case in self._seen:
+            del self._seen[case]
+            return self._capturing
+        self._seen[case] = None
+        if len(self._seen) > MAX_CUDA_GRAPHS:
+            self._seen.popitem(last=False)
+        return False
+
     def _enqueue(self, context: Any, shape: tuple[int, int], output: str) -> None:
         """Copies in, runs, copies out: all in the stream, none awaited."""
         cudart, nbytes = self._cudart, 8 * shape[0] * shape[1]
@@ -264,35 +310,61 @@ class TensorRtEngine:
             self._copy(self._device_in[name], self._host_in[name], nbytes, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice)
         if not context.execute_async_v3(self._stream):
             raise EngineError(f"TensorRT failed on a batch of {shape[0]} x {shape[1]} tokens: see its log")
-        size = int(np.prod(context.get_tensor_shape(output))) * self._outputs[output].itemsize
+        size = math.prod(context.get_tensor_shape(output)) * self._outputs[output].itemsize
         back = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(self._host_out, self._device_out[output], size, back)
 
     def _copy(self, to: _Buffer, source: _Buffer, nbytes: int, kind: Any) -> None:
         check(self._cudart.cudaMemcpyAsync(to.address, source.address, nbytes, kind, self._stream), "copy a batch")
 
-    def _capture(self, index: int, shape: tuple[int, int], output: str) -> _Captured:
-        """Records a run as a CUDA graph, in a context of its own: changing the context's shapes would spoil it.
+    def _run_and_capture(self, case: _Case) -> Any:
+        """Runs a case, and keeps it as a CUDA graph, in a context of its own: other shapes would spoil it.
 
-        TensorRT allocates when it first meets a shape, which a capture must not; hence one plain run before.
+        TensorRT allocates when it first meets a shape, which a capture must not; hence the run before, whose results
+        are what the caller gets, for a capture computes nothing. An engine that cannot be captured goes on without.
+
+        Returns:
+            The context.
         """
         while len(self._captured) >= MAX_CUDA_GRAPHS:
             self._captured.popitem(last=False)[1].close()
-        cudart, context = self._cudart, self._context(index)
+        index, rows, length, output = case
+        context, shape = self._context(index), (rows, length)
         self._set_shapes(context, shape)
         self._enqueue(context, shape, output)
-        check(cudart.cudaStreamSynchronize(self._stream), "run the engine")
-        relaxed = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        check(cudart.cudaStreamBeginCapture(self._stream, relaxed), "begin the capture of a CUDA graph")
+        check(self._cudart.cudaStreamSynchronize(self._stream), "run the engine")
+        try:
+            self._captured[case] = _Captured(self._cudart, context, self._capture(context, shape, output))
+        except EngineError as error:
+            self._capturing = False
+            self._cudart.cudaGetLastError()  # nobody shall find it and take it for his own
+            logger.warning("going on without CUDA graphs, which makes short batches slower: %s", error)
+        return context
+
+    def _capture(self, context: Any, shape: tuple[int, int], output: str) -> Any:
+        """What a run enqueues, as an executable graph."""
+        cudart = self._cudart
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads may allocate meanwhile
+        check(cudart.cudaStreamBeginCapture(self._stream, mode), "begin the capture of a CUDA graph")
         try:
             self._enqueue(context, shape, output)
-        finally:
-            graph = check(cudart.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
+        except EngineError:
+            cudart.cudaStreamEndCapture(self._stream)  # fails too, and must be called to leave the capture
+            raise
+        graph = check(cudart.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
         try:
-            executable = check(cudart.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph")
+            return check(cudart.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph")
         finally:
             cudart.cudaGraphDestroy(graph)
-        return _Captured(cudart, context, executable)
+
+
+def _name_of_layer(described: Any) -> str:
+    """A layer as the inspector's JSON has it: its name alone, or an object in plans that were built to be inspected."""
+    if not isinstance(described, dict):
+        return str(described)
+    # As the ONNX parser notes them: "[ONNX Layer: <node> | <functions around it>]", one for each node.
+    nodes = re.findall(r"\[ONNX Layer: ([^|\]]+)", described.get("Metadata") or "")
+    return " = ".join([described["Name"], *([" + ".join(map(str.strip, nodes))] if nodes else [])])
 
 
 class _Captured:

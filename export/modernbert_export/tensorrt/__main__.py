@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
 from modernbert.errors import InputError
 from modernbert_export.tensorrt.build import plan_bundle
 from modernbert_runtime.errors import ModernBertRuntimeError
+from modernbert_runtime.memory import parse_bytes
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 with one line that says what is wrong."""
-    if len(arguments) != 1:
-        print("usage: python -m modernbert_export.tensorrt BUNDLE", file=sys.stderr)
-        return 2
+    """Exit code: 0, 2 with one line that says what is wrong, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m modernbert_export.tensorrt", description=__doc__)
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory that `modernbert export` wrote")
+    parser.add_argument("--workspace", help="most scratch memory of the GPU, such as 4GB; default: TensorRT's choice")
+    options = parser.parse_args(arguments)
     try:
-        for plans in plan_bundle(Path(arguments[0]), progress=lambda message: print(message, file=sys.stderr)):
+        workspace = None if options.workspace is None else parse_bytes("workspace", options.workspace)
+        for plans in plan_bundle(options.bundle, workspace_bytes=workspace, progress=_tell):
             print(plans)
     except (InputError, ModernBertRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; plans that were not finished were not written", file=sys.stderr)
+        return 130
     return 0
+
+
+def _tell(message: str) -> None:
+    """On a terminal the steps of one build write over each other; elsewhere each build is a line."""
+    step, _, rest = message.partition(", ")
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message}", end="" if rest else "\n", file=sys.stderr, flush=True)
+    elif not rest:
+        print(step, file=sys.stderr)
 
 
 if __name__ == "__main__":

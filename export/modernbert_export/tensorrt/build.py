@@ -6,8 +6,10 @@ Written against TensorRT 11.4. The graphs are opset 24, which its parser reads f
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,19 +17,39 @@ from modernbert.errors import InputError
 from modernbert.output import whole_directory
 from modernbert_export.source_lines import read_sources
 from modernbert_runtime.bundle import Bundle
-from modernbert_runtime.plan_store import FOLDER, PLAN_GRAPHS, PlanSource, remember
+from modernbert_runtime.errors import EngineError
+from modernbert_runtime.plan_store import (
+    FOLDER,
+    PLAN_GRAPHS,
+    PlanSource,
+    find_plans,
+    private_directory,
+    remember,
+    user_cache,
+    write_whole,
+)
 from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
-from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanRecord, Profile, plan_profiles
+from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile, plan_profiles
+
+BAR = 20  # characters
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
 
-def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> list[Path]:
+def plan_bundle(root: Path, *, workspace_bytes: int | None = None, progress: Progress = lambda _: None) -> list[Path]:
     """Builds the plans of a bundle for the GPU and TensorRT of this machine, in directories below it.
+
+    Plans that are there already and were built of the same graphs, for the same machine, with the same settings, stay;
+    others of the same name are built again. What a build measures of kernels the next one finds in the user's cache.
 
     Up to `max_length` of the artifact `tensorrt-dense` they come from that graph, above it from the banded one. That
     length is chosen by counting work, not yet by measuring (`tensorrt_plan.DENSE_LENGTH`).
+
+    Args:
+        root: the bundle.
+        workspace_bytes: see `build_plans`.
+        progress: is told what is being done.
 
     Returns:
         The directories, one for each precision that the bundle has graphs in.
@@ -39,21 +61,48 @@ def plan_bundle(root: Path, *, progress: Progress = lambda _: None) -> list[Path
     bundle = Bundle.open(root)
     graphs = [artifact for artifact in bundle.manifest.artifacts if artifact.target == PLAN_GRAPHS[0]]
     sources = [PlanSource.of(bundle, artifact.precision) for artifact in graphs] or [PlanSource.of(bundle)]
-    return [_plan_source(bundle, source, progress) for source in sources]
+    return [_plan_source(bundle, source, workspace_bytes, progress) for source in sources]
 
 
-def _plan_source(bundle: Bundle, source: PlanSource, progress: Progress) -> Path:
+def _plan_source(bundle: Bundle, source: PlanSource, workspace_bytes: int | None, progress: Progress) -> Path:
     profiles = plan_profiles(bundle.manifest.max_length)
-    key = key_here(source.sha256, source.precision, profiles=profiles)
+    key = key_here(source.sha256, source.precision, profiles=profiles, flags=_flags(workspace_bytes))
+    if (current := _current_plans(bundle, source, key)) is not None:
+        progress(f"{current} is up to date")
+        return current
     out = bundle.root / FOLDER / key.folder
+    if (out / RECORD_NAME).exists():
+        shutil.rmtree(out)  # stale, or not this user's
     graphs = {target: bundle.onnx_path(artifact) for target, artifact in source.artifacts.items()}
     for artifact in source.artifacts.values():
         if artifact.data_file:
             bundle.path_of(artifact.data_file)
     build_plans(
-        graphs, out, profiles=profiles, precision=source.precision, onnx_sha256=source.sha256, progress=progress
+        graphs,
+        out,
+        profiles=profiles,
+        precision=source.precision,
+        onnx_sha256=source.sha256,
+        workspace_bytes=workspace_bytes,
+        timing_cache=private_directory(user_cache() / "tensorrt-timing") / key.folder,
+        progress=progress,
     )
     return out
+
+
+def _current_plans(bundle: Bundle, source: PlanSource, key: PlanKey) -> Path | None:
+    """Where whole plans lie that were built with exactly this key."""
+    try:
+        plans = find_plans(bundle, source, key)
+        for name in plans.record.files:
+            plans.load(name)
+    except EngineError:
+        return None
+    return None if plans.record.key.differences(key) else plans.directory
+
+
+def _flags(workspace_bytes: int | None) -> tuple[str, ...]:
+    return () if workspace_bytes is None else (f"workspace={workspace_bytes}",)
 
 
 def build_plans(
@@ -65,6 +114,7 @@ def build_plans(
     onnx_sha256: str,
     workspace_bytes: int | None = None,
     timing_cache: Path | None = None,
+    inspectable: bool = False,
     progress: Progress = lambda _: None,
 ) -> PlanRecord:
     """Builds a plan from each graph that a profile needs, and their record, for the GPU and TensorRT of this machine.
@@ -79,6 +129,7 @@ def build_plans(
         onnx_sha256: of graphs and weights: `PlanSource.sha256`.
         workspace_bytes: most scratch memory of the GPU; None leaves it to TensorRT.
         timing_cache: file to take measured kernels from and to write them to; another build is then much faster.
+        inspectable: keeps in the plans which nodes each of their layers was made of, for `TensorRtEngine.layers`.
         progress: is told what is being done.
 
     Raises:
@@ -87,14 +138,13 @@ def build_plans(
         KeyboardInterrupt: the build was cancelled.
     """
     trt = load_tensorrt()
-    flags = () if workspace_bytes is None else (f"workspace={workspace_bytes}",)
-    key = key_here(onnx_sha256, precision, profiles=profiles, flags=flags)
+    key = key_here(onnx_sha256, precision, profiles=profiles, flags=_flags(workspace_bytes))
     files = {}
     with whole_directory(out) as partial:
         for graph in dict.fromkeys(limits.graph for limits in profiles):
             served = [limits for limits in profiles if limits.graph == graph]
-            progress(f"building {graph}")
-            plan = _build(trt, graphs[graph], served, workspace_bytes, timing_cache, progress)
+            settings = _Settings(workspace=workspace_bytes, timing_cache=timing_cache, inspectable=inspectable)
+            plan = _build(trt, graphs[graph], served, settings, progress)
             name = PlanRecord.file_of(graph)
             (partial / name).write_bytes(plan)
             files[name] = hashlib.sha256(plan).hexdigest()
@@ -104,9 +154,18 @@ def build_plans(
     return record
 
 
-def _build(
-    trt: Any, file: Path, profiles: list[Profile], workspace: int | None, cache_file: Path | None, progress: Progress
-) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Of one build; see `build_plans`."""
+
+    workspace: int | None
+    timing_cache: Path | None
+    inspectable: bool
+
+
+def _build(trt: Any, file: Path, profiles: list[Profile], settings: _Settings, progress: Progress) -> bytes:
+    label = f"building {profiles[0].graph}"
+    progress(label)
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     # Version 11 knows no other kind and ignores the flag; before, networks were weakly typed without it.
@@ -119,24 +178,36 @@ def _build(
     allow_decomposition(trt, network)
 
     config = builder.create_builder_config()
-    if workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if settings.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace)
+    if settings.inspectable:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for limits in profiles:
         profile = builder.create_optimization_profile()
         for name in INPUTS:
             profile.set_shape(name, *limits.shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise InputError(f"TensorRT {trt.__version__} refuses {limits} of {file.name!r}: see its log")
+    cache_file = settings.timing_cache
     known = cache_file.read_bytes() if cache_file is not None and cache_file.exists() else b""
-    timing_cache = config.create_timing_cache(known)
-    config.set_timing_cache(timing_cache, ignore_mismatch=False)
-    monitor = _monitor(trt, progress)
+    timing_cache = _timing_cache(config, known) or _timing_cache(config, b"")
+    monitor = _monitor(trt, lambda steps: progress(f"{label}, {steps}"))
     config.progress_monitor = monitor
     plan = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor.cancel)
     if plan is None:
         raise InputError(f"TensorRT {trt.__version__} cannot build {file.name!r}: see the errors of its log above")
-    if cache_file is not None:
-        cache_file.write_bytes(bytes(timing_cache.serialize()))
+    if cache_file is not None and timing_cache is not None:
+        write_whole(cache_file, bytes(timing_cache.serialize()))
     return bytes(plan)
+
+
+def _timing_cache(config: Any, known: bytes) -> Any:
+    """The measurements of earlier builds, in use for this one; None where TensorRT does not take them."""
+    timing_cache = config.create_timing_cache(known)
+    # Of another GPU or version: a mismatch that is ignored would choose kernels by what was fast elsewhere.
+    if timing_cache is None or not config.set_timing_cache(timing_cache, ignore_mismatch=False):
+        return None
+    return timing_cache
 
 
 def describe(error: Any, sources: Mapping[str, str]) -> str:
@@ -154,12 +225,17 @@ def allow_decomposition(trt: Any, network: Any) -> int:
     Returns:
         How many attentions the network has.
     """
-    layers = map(network.get_layer, range(network.num_layers))
-    inputs = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    for layer in inputs:
-        attention = layer.attention
-        attention.decomposable = True
-    return len(inputs)
+    found = 0
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            # get_layer gives the base class whatever the layer is, and a class is assigned to see the rest of it: the
+            # bindings know no other way.
+            layer.__class__ = trt.IAttentionInputLayer
+            boundary = layer
+            attention = boundary.attention
+            attention.decomposable = True
+            found += 1
+    return found
 
 
 def run_cancellable(work: Callable[[], T], cancel: Callable[[], None]) -> T:
@@ -178,25 +254,38 @@ def run_cancellable(work: Callable[[], T], cancel: Callable[[], None]) -> T:
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
-    """Shows the steps of a build, and stops it at the next one after `cancel`."""
+    """Shows the steps of a build, and stops it at the next one after `cancel`.
+
+    TensorRT calls it from its own threads. Phases nest: the bar is of the outermost, behind it stands the innermost.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             super().__init__()
             self._cancelled = False
-            self._steps: dict[str, int] = {}
+            self._steps: dict[str, tuple[int, int]] = {}  # phase -> done and all, outermost first
 
         def cancel(self) -> None:
             self._cancelled = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._steps[phase_name] = num_steps
+            self._steps[phase_name] = (0, num_steps)
+            self._show()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            progress(f"building, {phase_name} {step + 1} of {self._steps.get(phase_name, '?')}")
+            if phase_name in self._steps:
+                self._steps[phase_name] = (step + 1, self._steps[phase_name][1])
+            self._show()
             return not self._cancelled
 
         def phase_finish(self, phase_name: str) -> None:
             self._steps.pop(phase_name, None)
+
+        def _show(self) -> None:
+            phases = list(self._steps.items())
+            for _, (done, steps) in phases[:1]:
+                filled = BAR * min(done, steps) // max(steps, 1)
+                name, (step, of) = phases[-1]
+                progress(f"{'█' * filled}{'░' * (BAR - filled)} {name} {step} of {of}")
 
     return Monitor()

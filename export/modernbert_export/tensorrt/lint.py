@@ -1,7 +1,7 @@
 """What TensorRT's ONNX parser would refuse or compute otherwise, found in the graph, without TensorRT.
 
-The rules are those of the parser's operator list (onnx-tensorrt, docs/operators.md of TensorRT 10.15, opsets 9 to 24;
-NVIDIA's opset guide for 11.x says 25) and of its importers; those on precision are ours. Each finding names the node.
+The rules are those of the parser's operator list (onnx-tensorrt, docs/operators.md of TensorRT 11.1; opset 25 came with
+11.5) and of its importers; those on precision are ours. Each finding names the node.
 An engine may still fail to build: the lint proves that a graph has none of the known faults, not that it has no fault.
 
 Letters of types: F fp32, fp16, bf16; I int32, int64; B bool; Q int8, fp8.
@@ -48,6 +48,8 @@ _OPERATORS = {
     "QuantizeLinear": "F",
     "DequantizeLinear": "Q",
 }
+# Operators of the parser that no standard names. NVIDIA's own begin with TRT_.
+_OF_THE_PARSER = ("ImageScaler", "ParametricSoftplus", "ScaledTanh")
 # Where the data is not the first input; these inputs must be constants of the file.
 _DATA_INPUT = {"Where": 1}
 _CONSTANT_INPUT = {"Squeeze": 1, "Unsqueeze": 1, "ReduceSum": 1, "ReduceMean": 1, "ReduceMax": 1, "ReduceL2": 1}
@@ -136,7 +138,7 @@ class _Lint:
         names = {(function.name, function.domain) for function in self.model.functions}
         names |= {(node.op_type, node.domain) for node in self.graph.node if node.domain not in ("", "ai.onnx")}
         for name, domain in sorted(names):
-            if name in _OPERATORS or onnx.defs.has(name):
+            if onnx.defs.has(name) or name in _OF_THE_PARSER or name.startswith("TRT_"):
                 message = f"the parser ignores the domain {domain!r} and takes it for the built-in operator"
                 yield Finding(rule="hijack", where=name, message=message)
 
@@ -144,6 +146,10 @@ class _Lint:
         for name, kind in self.types.items():
             if kind == TensorProto.DOUBLE:
                 yield Finding(rule="float64", where=name, message="the parser rounds float64 to fp32 without a word")
+        for output in self.graph.output:
+            if self.types[output.name] != TensorProto.FLOAT:
+                message = "outputs are fp32: NumPy has no bf16, and readers expect one type of all precisions"
+                yield Finding(rule="output", where=output.name, message=message)
         for name, tensor in self.constants.items():
             if not np.isfinite(self._floats(tensor)).all():
                 yield Finding(rule="infinity", where=name, message="a row of nothing but -inf is NaN after a softmax")
@@ -189,9 +195,9 @@ class _Lint:
         if any(node.input[4:]) or len(node.output) > 1:
             yield "attention", "past keys, key lengths and further outputs are not supported"
         attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
-        for name in ("softcap", "qk_matmul_output_mode", "is_causal"):
+        for name in ("softcap", "softmax_precision", "qk_matmul_output_mode", "is_causal"):
             if attributes.get(name):
-                yield "attention", f"{name} is not supported beside a mask"
+                yield "attention", f"{name} is not supported, or not beside a mask"
 
     def _rotary(self, node: NodeProto) -> Iterator[tuple[str, str]]:
         if len(node.input) < 4 or self.types.get(node.input[3]) != TensorProto.INT64:

@@ -57,6 +57,7 @@ class Check:
         seconds: length -> the fastest run of one batch.
         load_seconds: from the files to the first run.
         peak_bytes: resident memory of its process at most, the GPU's not counted.
+        device_bytes: memory of the GPU that TensorRT's plans and buffers take; None of other engines.
         layers: what TensorRT made of the graphs, as its inspector names them; a name of several joined is one fused.
     """
 
@@ -69,6 +70,7 @@ class Check:
     seconds: Mapping[int, float] = field(default_factory=dict)
     load_seconds: float | None = None
     peak_bytes: int | None = None
+    device_bytes: int | None = None
     layers: Sequence[str] = ()
 
 
@@ -178,7 +180,8 @@ def _judge(
         seconds={int(length): seconds for length, seconds in answer["seconds"].items()},
         load_seconds=answer["load_seconds"],
         peak_bytes=answer["peak_bytes"],
-        layers=answer["layers"],
+        device_bytes=answer.get("device_bytes"),
+        layers=answer.get("layers", ()),
     )
 
 

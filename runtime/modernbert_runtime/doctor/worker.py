@@ -50,8 +50,9 @@ def main(root: str, options: str, cases: str, out: str) -> None:
                 times.append(time.perf_counter() - begin)
             seconds[length] = min(times)
         np.savez(out, **hidden)
-        layers = engine.layers() if isinstance(engine, TensorRtEngine) else []
-        answer = {"name": engine.name, "load_seconds": load_seconds, "seconds": seconds, "layers": layers}
+        answer = {"name": engine.name, "load_seconds": load_seconds, "seconds": seconds}
+        if isinstance(engine, TensorRtEngine):
+            answer |= {"layers": engine.layers(), "device_bytes": engine.device_bytes}
         engine.close()
         print(json.dumps({**answer, "peak_bytes": peak_bytes()}), file=answers)
     except ModernBertRuntimeError as error:
