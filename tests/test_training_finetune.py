@@ -144,6 +144,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     with pytest.raises(InputError, match="pairs was"):
         finetune(checkpoint, tuples(19), tmp_path / "out", **settings, resume=True)
     (left / "partial" / "checkpoint-8").mkdir(parents=True)  # as a process killed while saving leaves it
+    (tmp_path / ".out.a1b2c3.partial").mkdir()  # and what it began with
 
     got = finetune(checkpoint, tuples(20), tmp_path / "out", **settings, resume=True)
     assert got.losses == want.losses

@@ -12,6 +12,7 @@ OUT.run/diverged.json     the documents, or rows of pairs, of the batch whose lo
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -57,7 +58,10 @@ class RunDirectory:
             require_absent(self.out)
             if resume:
                 self._require_same(settings)
-                shutil.rmtree(self.partial, ignore_errors=True)  # of a process that was killed while it wrote
+                # What a process left that was killed while it wrote, or before it could write.
+                half = self.out.absolute().parent.glob(f".{glob.escape(self.out.name)}.*.partial")
+                for left in (self.partial, *half):
+                    shutil.rmtree(left, ignore_errors=True)
             else:
                 self._make(settings)
         try:
