@@ -9,7 +9,8 @@ Random ModernBERT-base, the same on both sides. Inference: bf16 encoder on packe
 512 and 8,192. Training: masked LM at 1,024 tokens, bf16 autocast, fp32 weights, fused AdamW, 16,384 tokens a step.
 Candidates are transformers (eager, sdpa, sdpa compiled) and ours with each attention backend that this machine has,
 plain and compiled. Each is a process of its own; before its time counts its outputs, or its loss and gradients, must
-agree with transformers' sdpa in the same precision. They take turns; each turn warms up once.
+agree with transformers' sdpa in the same precision. They take turns; each turn warms up once. Every part has a share of
+the time, and what is known is written after each: one that fails or takes too long costs the others nothing.
 
 The ceiling is the best bf16 matrix product rate measured here: the model's own weight shapes, and 8,192 x 8,192. A
 share of it counts useful work: linear maps, and attention only where a layer looks; training counts three forwards.
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,69 +73,104 @@ def main() -> int:
     deadline = began + options.minutes * 60
     here = measure.machine() | {"gpu": gpu_name(options.device)}
     tell(f"{here['gpu']}; torch {torch.__version__}")
-    absent = [name for name in ("pytest", "onnxruntime", "triton") if importlib.util.find_spec(name) is None]
+    absent = [name for name in ("pytest", "onnx", "triton") if importlib.util.find_spec(name) is None]
     for name in absent:
         tell(f"{name} is not installed: what needs it is left out")
-    tests = run_tests(absent, limit=options.minutes * 60 * 0.4)
     options.work.mkdir(parents=True, exist_ok=True)
     model = options.work / ("tiny" if options.tiny else "base")
     measure.made_once(model, make_checkpoint, Path(model.name))
     ceiling = matrix_rate(model, options)
     tell(f"ceiling: {ceiling / 1e12:.1f} TFLOP/s bf16 matrix product")
-    tasks = [measure_task(task, model, options, deadline=deadline) for task in task_list(options)]
-    report = {
+    report: dict[str, Any] = {
         "question": "ModernBERT on a GPU, ours against transformers: inference and training",
         "measured_on": options.device,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": here,
         "versions": measure.versions("torch", "transformers", "triton", "numpy"),
         "settings": {"model": model.name, "rounds": options.rounds},
-        "tests": tests,
         "absent": absent,
         "ceiling_flops": ceiling,
-        "tasks": [rated(task, model, ceiling) for task in tasks],
-        "seconds": time.monotonic() - began,
+        "tests": {"summary": "not run", "failed": False},
+        "tasks": [],
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "gpu.md").write_text(text := as_markdown(report))
-    print(text)
-    tell(f"{report['seconds']:.0f} s; raw samples, tables: {options.out}/gpu.json, .md")
-    return 1 if tests["failed"] or any(task["disagree"] or not task["seconds"] for task in tasks) else 0
+    if "pytest" not in absent:
+        report["tests"] = run_tests(options, limit=options.minutes * 60 / 3)
+    write(report, options.out, began)
+    tasks = task_list(options)
+    for number, task in enumerate(tasks):
+        now = time.monotonic()
+        # What a part leaves of its time is for those after it.
+        until = now + (deadline - now) / (len(tasks) - number)
+        try:
+            found = rated(measure_task(task, model, options, until=until), model, ceiling)
+        except Exception as error:  # whatever it is, what the other parts find is worth having
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            tell(f"  failed: {reason}")
+            found = dataclasses.asdict(task) | {"name": task.name, "failed": reason, "seconds": {}, "disagree": {}}
+        report["tasks"].append(found)
+        write(report, options.out, began)
+    print(as_markdown(report))
+    tell(f"{report['seconds']:.0f} s; raw samples, tables: {options.out}/gpu.json, .md, gpu_tests.txt")
+    good = all(task["seconds"] and not task["disagree"] for task in report["tasks"])
+    return 0 if good and not report["tests"]["failed"] else 1
+
+
+def write(report: dict[str, Any], out: Path, began: float) -> None:
+    """The report as it stands; each file is whole at any time."""
+    report["seconds"] = time.monotonic() - began
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("json", json.dumps(report, indent=1) + "\n"), ("md", as_markdown(report))):
+        partial = out / f".gpu.{name}"
+        partial.write_text(text)
+        partial.replace(out / f"gpu.{name}")
 
 
 # -- Tests.
 
+# They compile most of their time, one thread each: a process for each of these shares.
+SHARES = ("not flex", "flex and float32", "flex and not float32")
 
-def run_tests(absent: list[str], *, limit: float) -> dict[str, Any]:
-    """All tests marked gpu, in a process of their own."""
-    if "pytest" in absent:
-        return {"summary": "not run: pytest is not installed", "failed": False}
+
+def run_tests(options: argparse.Namespace, *, limit: float) -> dict[str, Any]:
+    """All tests marked gpu, in a few processes side by side. What they print is kept, also of those stopped."""
     tell("tests marked gpu")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "export", ROOT / "runtime")))}
     files = sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text())
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        *files,
-    ]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"summary": f"stopped after {limit:.0f} s", "failed": True}
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    for line in lines[-20:]:
-        tell(f"  {line}")
-    return {"summary": lines[-1], "failed": done.returncode not in (0, 5), "output": lines[-60:]}
+    # Compilers warn in their own ways, which is an error elsewhere.
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-m", "gpu", "-W", "default"]
+    command += ["-p", "no:cacheprovider", "--continue-on-collection-errors", *files]
+    until = time.monotonic() + limit
+    summaries, printed, failed = [], [], False
+    with contextlib.ExitStack() as stack:
+        running = []
+        for share in SHARES:
+            file = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = subprocess.Popen(
+                [*command, "-k", share], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+            stack.callback(process.kill)
+            running.append((share, file, process))
+        for share, file, process in running:
+            try:
+                status: int | None = process.wait(max(until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = None
+            file.seek(0)
+            lines = file.read().strip().splitlines() or ["no output"]
+            counts = Counter(re.findall(r"^tests/\S+ (PASSED|FAILED|SKIPPED|ERROR)", "\n".join(lines), re.MULTILINE))
+            told = ", ".join(f"{count} {what.lower()}" for what, count in counts.items()) or lines[-1]
+            stopped = "" if status is not None else f", stopped after {limit:.0f} s"
+            summaries.append(f"{share}: {told}{stopped}")
+            tell(f"  {summaries[-1]}")
+            printed += [f"== {share}", *lines]
+            failed |= status not in (0, 5)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gpu_tests.txt").write_text("\n".join(printed) + "\n")
+    for line in printed:
+        if line.startswith(("FAILED ", "ERROR ")):
+            tell(f"  {line}")
+    return {"summary": "; ".join(summaries), "failed": failed}
 
 
 # -- Measuring.
@@ -175,28 +212,48 @@ def candidates(task: Task, model: Path, options: argparse.Namespace) -> list[Can
     ]
 
 
-def measure_task(task: Task, model: Path, options: argparse.Namespace, *, deadline: float) -> dict[str, Any]:
+def measure_task(task: Task, model: Path, options: argparse.Namespace, *, until: float) -> dict[str, Any]:
     """Seconds and peak memory of every candidate that can take part, and why the others cannot."""
-    tell(task.name)
+    tell(f"{task.name}, at most {until - time.monotonic():.0f} s")
     batch = options.work / f"{task.work}-{task.tokens}.npz"
     write_batch(batch, [task.tokens] * task.rows, vocabulary=VOCABULARY)
     left_out: dict[str, str] = {}
     disagree: dict[str, str] = {}
     samples: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
+
+    def leave_out(worker: Worker, error: measure.WorkerError) -> None:
+        name = worker.candidate.name
+        left_out[name] = str(error).removeprefix(f"{name}: ")
+        samples.pop(name, None)
+        worker.stop()  # it may be compiling still, beside those that are timed
+        tell(f"  left out: {error}")
+
     with contextlib.ExitStack() as stack:
-        # All start at once: importing and loading take longer than measuring.
-        waiting = {c.name: stack.enter_context(Worker(c, deadline=deadline)) for c in candidates(task, model, options)}
-        able: dict[str, Worker] = {}
-        reference: dict[str, float] | None = None
-        for name, worker in waiting.items():
+        # All start at once, and all compile at once: both take longer than measuring, which must have its time too.
+        now = time.monotonic()
+        prepared = now + 0.7 * (until - now)
+        workers = [stack.enter_context(Worker(c, deadline=prepared)) for c in candidates(task, model, options)]
+        able: list[Worker] = []
+        for worker in workers:
             try:
                 worker.ready()
-                reply = worker.run(batch, check=True)
+                able.append(worker)
+            except measure.WorkerError as error:
+                leave_out(worker, error)
+        for worker in able:
+            if worker.candidate.compile:
+                worker.ask(batch, check=True)
+        reference: dict[str, float] | None = None
+        for worker in sorted(able, key=lambda worker: worker.candidate.compile):
+            name = worker.candidate.name
+            try:
+                if not worker.candidate.compile:
+                    worker.ask(batch, check=True)
+                reply = worker.reply()
                 worker.run(batch, repeats=2)
             except measure.WorkerError as error:
-                left_out[name] = str(error).removeprefix(f"{name}: ")
-                tell(f"  left out: {error}")
+                leave_out(worker, error)
                 continue
             if reference is None:
                 reference = reply["values"]
@@ -205,16 +262,23 @@ def measure_task(task: Task, model: Path, options: argparse.Namespace, *, deadli
                 disagree[name] = f"differs by {difference:.1e} in {what}, at most {TOLERANCE}"
                 tell(f"  {name} {disagree[name]}")
                 continue
-            able[name], samples[name] = worker, []
-        try:
-            for _ in range(options.rounds):
-                for name, worker in able.items():
+            worker.deadline, samples[name] = until, []
+        for _ in range(options.rounds):
+            for worker in [worker for worker in able if worker.candidate.name in samples]:
+                try:
                     worker.run(batch)  # memory was given back after the last turn
                     reply = worker.run(batch, repeats=3)
-                    samples[name] += reply["seconds"]
-                    peaks[name] = reply["peak_bytes"]
-        except OutOfTimeError:
+                except OutOfTimeError:
+                    break
+                except measure.WorkerError as error:
+                    leave_out(worker, error)
+                    continue
+                samples[worker.candidate.name] += reply["seconds"]
+                peaks[worker.candidate.name] = reply["peak_bytes"]
+            else:
+                continue
             tell("  out of time: fewer rounds")
+            break
     for name in [name for name in samples if not samples[name]]:
         del samples[name]
         left_out[name] = "out of time"
@@ -307,6 +371,8 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 def task_table(task: dict[str, Any]) -> str:
     """One task: best first, then who was left out and why."""
+    if "failed" in task:
+        return f"{task['name']}: failed: {task['failed']}"
     medians = {name: statistics.median(seconds) for name, seconds in task["seconds"].items()}
     reference = medians.get(f"{PEER} sdpa")
     rows = [

@@ -86,7 +86,7 @@ class Worker:
 
     def ready(self) -> None:
         """Waits until the model is there."""
-        self._reply()
+        self.reply()
 
     def run(self, batch: Path, *, repeats: int = 1, check: bool = False) -> dict[str, Any]:
         """Runs `repeats` steps on the arrays of an .npz file.
@@ -94,13 +94,18 @@ class Worker:
         Returns:
             `seconds` (one each), `peak_bytes`, and with `check` `values`: numbers that all candidates must agree on.
         """
+        self.ask(batch, repeats=repeats, check=check)
+        return self.reply()
+
+    def ask(self, batch: Path, *, repeats: int = 1, check: bool = False) -> None:
+        """The first half of `run`, with `reply` to follow: others may be asked in between, to compile side by side."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the worker is gone; the empty reply below says so
             self._process.stdin.write(json.dumps({"batch": str(batch), "repeats": repeats, "check": check}) + "\n")
             self._process.stdin.flush()
-        return self._reply()
 
-    def _reply(self) -> dict[str, Any]:
+    def reply(self) -> dict[str, Any]:
+        """Waits for the answer to what was asked."""
         assert self._process.stdout is not None
         # A worker speaks when it is asked to, one line each, so nothing waits in Python's buffer.
         left = None if self.deadline is None else max(self.deadline - time.monotonic(), 0)
@@ -118,21 +123,24 @@ class Worker:
             raise kind(f"{self.candidate.name}: {reply['error']}")
         return reply
 
+    def stop(self) -> None:
+        """Ends the process, whatever it is at."""
+        self._process.kill()
+
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
+        self.stop()
         self._process.communicate()
 
 
 def disagreement(one: Mapping[str, float], two: Mapping[str, float]) -> tuple[str, float]:
     """The value in which two candidates differ most, and by what share of its size."""
-    assert one.keys() == two.keys(), "candidates report the same values"
-    differences = {
-        name: abs(one[name] - two[name]) / max(abs(one[name]), abs(two[name]), 1e-12) if one[name] != two[name] else 0.0
-        for name in one
-    }
+    differences = {}
+    for name in sorted(one.keys() | two.keys()):
+        a, b = one.get(name, math.nan), two.get(name, math.nan)
+        differences[name] = abs(a - b) / max(abs(a), abs(b), 1e-12) if a != b else 0.0
     worst = max(differences, key=lambda name: differences[name] if math.isfinite(differences[name]) else math.inf)
     return worst, differences[worst]
 

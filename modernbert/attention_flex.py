@@ -57,7 +57,7 @@ def flex(
     mask = flex_plan(packing, radius, 0 if shared is None else shared.k_BGHK.shape[1])
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
     if not on_cpu:
-        return _kernel()(q, k, v, block_mask=mask)[0].transpose(0, 1)
+        return run_kernel(q, k, v, mask)[0].transpose(0, 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         # Detached: torch refuses views of what requires gradients even where none are recorded.
@@ -72,10 +72,20 @@ def flex_plan(packing: Packing, radius: int | None, shared_keys: int) -> BlockMa
     return packing.once(("flex", radius, shared_keys), lambda: block_mask(packing, radius, shared_keys))
 
 
+def run_kernel(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, backend: str = "inductor") -> Tensor:
+    """FlexAttention through torch.compile, unless that is at work already."""
+    if torch.compiler.is_compiling():
+        y: Any = flex_attention(q, k, v, block_mask=mask)
+        return y
+    # One form for each precision, radius and kind of shape, with gradients and without; torch gives up after eight.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        return _kernel(backend)(q, k, v, block_mask=mask)
+
+
 @functools.cache
-def _kernel() -> Callable[..., Tensor]:
+def _kernel(backend: str) -> Callable[..., Tensor]:
     # fullgraph: where it cannot be compiled, an error; torch would go on with all scores in memory.
-    kernel: Any = torch.compile(flex_attention, fullgraph=True)
+    kernel: Any = torch.compile(flex_attention, fullgraph=True, backend=backend)
     return kernel
 
 

@@ -4,20 +4,23 @@ Weights are random throughout: freshly initialised ones have norms of exactly 1 
 which hides mistakes. Nothing is downloaded.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: a missing model is an error at once
 
-import onnx
-import onnx_ir as ir
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+
+if TYPE_CHECKING:
+    import onnx  # tests on a bare GPU machine do without
 
 torch.set_num_threads(1)  # tiny tensors: threads would cost more than they gain, above all on a busy machine
 
@@ -91,6 +94,8 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def traced(checkpoint: Path) -> onnx.ModelProto:
     """The graph of `checkpoint` before any lowering. Leave it as it is: `ir.from_proto` makes a copy."""
+    import onnx_ir as ir
+
     from modernbert.model import load_model
     from modernbert_export.trace import trace
 
@@ -100,6 +105,8 @@ def traced(checkpoint: Path) -> onnx.ModelProto:
 @pytest.fixture(scope="session")
 def half_traced(checkpoint: Path) -> onnx.ModelProto:
     """The same in fp16."""
+    import onnx_ir as ir
+
     from modernbert.model import load_model
     from modernbert_export.precision.audit import audit
     from modernbert_export.precision.half import to_half

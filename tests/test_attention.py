@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modernbert import attention_varlen
 from modernbert.attention import BACKENDS, ROWS, rotary_tables, rotate
-from modernbert.attention_flex import BLOCK, block_mask
+from modernbert.attention_flex import BLOCK, block_mask, run_kernel
 from modernbert.errors import InputError
 from modernbert.packing import Packing, SharedKeys
 
@@ -189,6 +189,21 @@ def test_block_mask_of_packed_documents_is_their_blocks() -> None:
     mask = block_mask(packed([4 * BLOCK] * 5), None, 0)
     assert mask.kv_num_blocks.sum() == 0
     assert mask.full_kv_num_blocks[0, 0].tolist() == [4] * 20
+
+
+@pytest.mark.slow
+def test_a_process_may_use_the_kernel_in_many_forms() -> None:
+    # torch compiles one for each and refuses the ninth by default. What is compiled to does not matter here: "eager".
+    for dtype in (torch.float32, *HALF):
+        for radius in (None, 1, 3):
+            for number in (0, 2):
+                packing, qkv, shared = packed([5, 8]), random_qkv(13, dtype), shared_keys(2, number, dtype)
+                q, k, v = qkv[0], torch.cat((qkv[1], shared.k_XHK)), torch.cat((qkv[2], shared.v_XHK))
+                mask = block_mask(packing, radius, number)
+                y = run_kernel(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask, backend="eager")[0].transpose(0, 1)
+                exact = SharedKeys(k_BGHK=shared.k_BGHK.double(), v_BGHK=shared.v_BGHK.double())
+                want = by_hand(*(x.double() for x in qkv), packing, radius, exact)
+                torch.testing.assert_close(y.double(), want, **(TOLERANCE | HALF)[dtype])
 
 
 def test_flex_refuses_to_train_on_a_cpu_and_runs_without_gradients() -> None:

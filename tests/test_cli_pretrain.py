@@ -180,7 +180,7 @@ def test_a_loss_that_is_not_a_number_is_exit_code_1(
     )
     code, shown, told = pretrain(run, corpus, tokenizer, tmp_path / "out")
     assert (code, shown) == (1, "")
-    assert f"the loss is nan at step 1, learning rate 0, on {corpus}:" in told.splitlines()[-1]
+    assert f"the loss is nan at step 1, learning rate 0, on the documents {corpus}:" in told.splitlines()[-1]
 
 
 def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

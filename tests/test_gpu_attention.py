@@ -16,7 +16,12 @@ from modernbert.errors import InputError
 from modernbert.model import ModernBertForMaskedLM
 from modernbert.packing import Packing, SharedKeys
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    # Compilers and kernels speak up in their own ways; what counts here is what they compute.
+    pytest.mark.filterwarnings("default"),
+]
 
 HEADS, SIZE = 4, 64
 # Of fp32, also where kernels multiply in TF32 blocks (10 bits of a factor); fp16 keeps 11 bits and bf16 8.

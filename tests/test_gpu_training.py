@@ -5,6 +5,7 @@ with the `eager` backend, which other tests compare with transformers.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,6 +134,27 @@ def test_half_precision_steps_follow_fp32(dtype: torch.dtype) -> None:
     assert losses["full"][-1] < 0.8 * losses["full"][0]
     # A GradScaler that starts too high skips a step or two; the curve is the same within that.
     assert losses["half"][-1] == pytest.approx(losses["full"][-1], rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_pretraining_in_half_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
+    # The whole trainer: autocast, for fp16 a GradScaler, StableAdamW's own kernels. A bare machine lacks two packages.
+    for package in ("datasets", "optimi"):
+        pytest.importorskip(package)
+    from modernbert.data.documents import in_memory
+    from modernbert.data.tokenizer import train_tokenizer
+    from modernbert.training.pretrain import config_for, pretrain
+    from modernbert.training.settings import PretrainSettings
+
+    texts = [f"{word} water. {word} boat and {word}." for word in "abcdefghijklmnopqrstuvwxyz" * 4]
+    tokenizer = train_tokenizer(texts, vocab_size=384)
+    config = config_for(tokenizer, "tiny", num_attention_heads=2, initializer_range=0.1)
+    losses = {}
+    for name in ("fp32", precision):
+        settings = PretrainSettings(max_steps=20, batch_tokens=512, max_length=32, precision=name, learning_rate=5e-3)  # type: ignore[arg-type]
+        losses[name] = pretrain(config, tokenizer, in_memory(texts), tmp_path / name, settings).losses
+    assert losses["fp32"][-1] < 0.8 * losses["fp32"][0]
+    assert losses[precision][-1] == pytest.approx(losses["fp32"][-1], rel=0.1)  # as above
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "varlen"])

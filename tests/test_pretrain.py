@@ -167,7 +167,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(
         return loss * math.nan if self.state.global_step == 2 else loss
 
     monkeypatch.setattr(PretrainingTrainer, "compute_loss", compute_loss)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 0\.005, on document \d+, ") as e:
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 3, learning rate 0\.005, on the documents document \d+, "
+    ) as e:
         train(tmp_path / "out")
     assert "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()

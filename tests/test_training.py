@@ -170,7 +170,7 @@ def test_pairs_are_read_from_files(tmp_path: Path) -> None:
         (
             "c.jsonl",
             '{"anchor": "a", "positive": null}\n{"anchor": "a", "positive": "b"}',
-            "row 0, column 'positive' is None",
+            "row 1, column 'positive' is None",
         ),
         ("d.jsonl", '{"anchor": "a", "pos', "cannot be read"),
         ("e.jsonl", "", "it is empty"),

@@ -144,6 +144,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     with pytest.raises(InputError, match="pairs was"):
         finetune(checkpoint, tuples(19), tmp_path / "out", **settings, resume=True)
     (left / "partial" / "checkpoint-8").mkdir(parents=True)  # as a process killed while saving leaves it
+    (tmp_path / ".out.a1b2c3.partial").mkdir()  # and what it began with
 
     got = finetune(checkpoint, tuples(20), tmp_path / "out", **settings, resume=True)
     assert got.losses == want.losses
@@ -230,13 +231,27 @@ def test_bad_options_are_refused(checkpoint: Path, tmp_path: Path, options: dict
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = dict(max_steps=9, batch_size=4, learning_rate=1e30)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 9.6e\+29"):
-        finetune(checkpoint, tuples(8), tmp_path / "out", **options, checkpoint_every=5)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(TrainingError):
-        finetune(checkpoint, tuples(8), tmp_path / "out", **options, checkpoint_every=1)
+@pytest.mark.parametrize("checkpoint_every", [None, 1, 5])
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_every: int | None
+) -> None:
+    batches: list[set[str]] = []
+    before = finetune_module.SentenceTransformerTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *arguments: Any) -> Any:
+        batches.append({self.processing_class.decode(ids, True) for ids in inputs["anchor_input_ids"].tolist()})
+        return before(self, model, inputs, *arguments)
+
+    monkeypatch.setattr(finetune_module.SentenceTransformerTrainer, "compute_loss", compute_loss)
+    pairs = tuples(40)
+    options: dict[str, Any] = dict(max_steps=9, batch_size=8, learning_rate=1e30, checkpoint_every=checkpoint_every)
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 3, learning rate 9.62e\+29, on the rows \d") as e:
+        finetune(checkpoint, pairs, tmp_path / "out", **options)
+    assert " and 3 more (all in " in str(e.value)
+    assert "\n" not in str(e.value)
+    report = json.loads((tmp_path / "out.run" / "diverged.json").read_text())
+    assert (report["step"], len(report["rows"])) == (3, 8)
+    assert {pairs["anchor"][row - 1] for row in report["rows"]} == batches[2]
     assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
 
 
@@ -289,7 +304,7 @@ def test_command_line(
     for options, message in (
         (("--matryoshka", "16,x"), "not 'x'"),
         (("--pairs", tmp_path / "absent.csv"), "does not exist"),
-        (("--pairs", tmp_path / "broken.jsonl"), "row 1, column 'positive' is None"),
+        (("--pairs", tmp_path / "broken.jsonl"), "row 2, column 'positive' is None"),
         (("--pairs", tmp_path / "broken.parquet"), "cannot be read"),
         (("--precision", "fp64"), "precision must be"),
         (("--attention", "none"), "attention must be one of"),

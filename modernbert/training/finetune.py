@@ -24,6 +24,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from modernbert.data.tokenizer import save_tokenizer
-from modernbert.errors import InputError, TrainingError
+from modernbert.errors import InputError
 from modernbert.model import AttentionName
 from modernbert.output import require_absent, whole_directory
 from modernbert.training.embedder import document_prompt_name, sentence_transformer
@@ -93,7 +94,7 @@ def finetune(
     Raises:
         InputError: bad pairs, a model that cannot be loaded, a parameter out of range, an output that exists, an
             unfinished run that is not to be resumed, or none that could be.
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss is no longer a number. `out` + ".run" says on which rows of the pairs.
     """
     require_absent(out)
     pairs = checked_pairs(pairs)
@@ -137,9 +138,10 @@ def finetune(
         seed=seed,
     )
     transformers.set_seed(seed)
+    run = RunDirectory(out)
     # The output is made first: that it cannot be written must not show after hours of training.
     with (
-        _run_directory(out, settings, wanted=checkpoint_every is not None, resume=resume) as (
+        _run_directory(run, settings, wanted=checkpoint_every is not None, resume=resume) as (
             scratch,
             newest,
             callbacks,
@@ -160,6 +162,7 @@ def finetune(
             train_dataset=pairs,
             loss=_loss(embedder, temperature, batch_tokens, sizes),
             callbacks=callbacks,
+            run=run,
         )
         _require_a_batch(trainer)
         train_with_progress(trainer, "contrastive", resume_from=newest)
@@ -173,20 +176,40 @@ def finetune(
     return TrainingReport.of(trainer)
 
 
+class _Collator(SentenceTransformerDataCollator):
+    """sentence-transformers' own, whose batches also know the texts that they are of."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**super().__call__(features), "texts": [tuple(row.values()) for row in features]}
+
+
 class _Trainer(SentenceTransformerTrainer):
     """Stops where the loss is no number, instead of spoiling the weights for the rest of the run."""
+
+    data_collator_class = _Collator
+
+    def __init__(self, *arguments: Any, run: RunDirectory, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._run = run
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """sentence-transformers' own, checked."""
+        """sentence-transformers' own, checked.
+
+        Raises:
+            TrainingError: the loss is not a number.
+        """
+        texts = set(inputs.pop("texts"))
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss: Tensor = result[0] if return_outputs else result
         if not torch.isfinite(loss):
-            rate = self.lr_scheduler.get_last_lr()[0]
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate {rate:.1e}; lower "
-                "learning_rate, or raise temperature or precision"
+            raise self._run.diverge(
+                loss.item(),
+                step=self.state.global_step + 1,
+                learning_rate=self.lr_scheduler.get_last_lr()[0],
+                batch={"rows": [n for n, row in enumerate(self.train_dataset, 1) if tuple(row.values()) in texts]},
+                advice="lower learning_rate, raise temperature or precision, or leave these pairs out",
             )
         return result
 
@@ -270,7 +293,7 @@ def _fingerprint(pairs: datasets.Dataset) -> str:
 
 @contextlib.contextmanager
 def _run_directory(
-    out: Path, settings: Mapping[str, Any], *, wanted: bool, resume: bool
+    run: RunDirectory, settings: Mapping[str, Any], *, wanted: bool, resume: bool
 ) -> Iterator[tuple[Path, Path | None, list[TrainerCallback]]]:
     """Where Trainer writes, the checkpoint to go on from, and the callback that keeps checkpoints.
 
@@ -280,7 +303,6 @@ def _run_directory(
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch), None, []
         return
-    run = RunDirectory(out)
     with run.opened(settings, resume=resume):
         yield run.partial, run.newest_checkpoint(), [WholeCheckpoints(run)]
     run.remove()

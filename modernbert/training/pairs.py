@@ -117,7 +117,7 @@ def read_scored_pairs(path: Path) -> tuple[list[str], list[str], list[float]]:
     _require_columns(pairs, ("sentence1", "sentence2", "score"))
     _require_text(pairs, ["sentence1", "sentence2"])
     scores = []
-    for row, value in enumerate(pairs["score"]):
+    for row, value in enumerate(pairs["score"], start=1):
         try:
             scores.append(float(value))
         except (TypeError, ValueError):
@@ -139,6 +139,6 @@ def _require_columns(pairs: datasets.Dataset, columns: tuple[str, ...]) -> None:
 
 def _require_text(pairs: datasets.Dataset, columns: list[str]) -> None:
     for column in columns:
-        for row, text in enumerate(pairs[column]):
+        for row, text in enumerate(pairs[column], start=1):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"pairs must hold text: row {row}, column {column!r} is {text!r}")

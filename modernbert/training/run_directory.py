@@ -6,24 +6,25 @@ OUT.run/partial/          where Trainer writes a checkpoint before that
 OUT.run/data/             pieces of the corpus, memory-mapped
 OUT.run/log.jsonl         one line per logged step
 OUT.run/tensorboard/      the same for TensorBoard
-OUT.run/diverged.json     the documents of the batch whose loss was not a number
+OUT.run/diverged.json     the documents, or rows of pairs, of the batch whose loss was not a number
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, TrainingError
 from modernbert.output import require_absent, whole_directory
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -57,7 +58,10 @@ class RunDirectory:
             require_absent(self.out)
             if resume:
                 self._require_same(settings)
-                shutil.rmtree(self.partial, ignore_errors=True)  # of a process that was killed while it wrote
+                # What a process left that was killed while it wrote, or before it could write.
+                half = self.out.absolute().parent.glob(f".{glob.escape(self.out.name)}.*.partial")
+                for left in (self.partial, *half):
+                    shutil.rmtree(left, ignore_errors=True)
             else:
                 self._make(settings)
         try:
@@ -138,6 +142,28 @@ class RunDirectory:
     def remove(self) -> None:
         """Removes it all."""
         shutil.rmtree(self.path)
+
+    def diverge(
+        self, loss: float, *, step: int, learning_rate: float, batch: Mapping[str, Sequence[str | int]], advice: str
+    ) -> TrainingError:
+        """Keeps what a loss that is not a number came of, and says it in one line.
+
+        Args:
+            loss: as it is.
+            step: the one that it is of, from 1.
+            learning_rate: of that step.
+            batch: what the ids are of, such as "documents", and the ids.
+            advice: what to do about it.
+        """
+        report = {"step": step, "learning_rate": learning_rate, "loss": str(loss), **batch}
+        self.path.mkdir(exist_ok=True)
+        self.diverged.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        ((kind, ids),) = batch.items()
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        return TrainingError(
+            f"the loss is {loss} at step {step}, learning rate {learning_rate:.3g}, on the {kind} "
+            f"{', '.join(map(str, ids[:5]))}{more} (all in {str(self.diverged)!r}); {advice}"
+        )
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from modernbert.data.packed import Collator, PackedPieces, Visits
-from modernbert.errors import TrainingError
 from modernbert.sentence_order import ModernBertForPreTraining, order_accuracy
 from modernbert.training.flops import matrix_rate, training_flops
 from modernbert.training.optimizer import stable_adamw
@@ -102,7 +101,13 @@ class PretrainingTrainer(Trainer):
         self._flops += training_flops(self._config, lengths, int((inputs["labels"] != -100).sum()))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop(float(loss), documents)
+            raise self._run.diverge(
+                float(loss),
+                step=self.state.global_step + 1,
+                learning_rate=self._get_learning_rate(),
+                batch={"documents": documents},
+                advice="start again with a lower learning rate or without these documents",
+            )
         return loss
 
     def compute_loss(
@@ -119,17 +124,6 @@ class PretrainingTrainer(Trainer):
             self._sums[1] += outputs.order_loss.detach().double().cpu()
             self._sums[2:] += torch.tensor(order_accuracy(outputs.order_logits, inputs["order_labels"]))
         return (loss, outputs) if return_outputs else loss
-
-    def _stop(self, loss: float, documents: Sequence[str]) -> None:
-        step, rate = self.state.global_step + 1, self._get_learning_rate()
-        report = {"step": step, "learning_rate": rate, "loss": str(loss), "documents": documents}
-        self._run.diverged.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        shown = ", ".join(documents[:5])
-        more = f" and {len(documents) - 5} more" if len(documents) > 5 else ""
-        raise TrainingError(
-            f"the loss is {loss} at step {step}, learning rate {rate:.3g}, on {shown}{more} (all in "
-            f"{str(self._run.diverged)!r}); start again with a lower learning rate or without these documents"
-        )
 
     # Log
 
