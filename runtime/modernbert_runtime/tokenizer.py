@@ -4,6 +4,7 @@ A thin wrapper of `tokenizers`: it refuses what that library refuses with an unc
 truncation and padding tokenizer.json brought along, and reports per text how much was cut.
 """
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,8 +97,7 @@ class TextTokenizer:
             InputError: not a sequence of texts, an item that is not valid Unicode text or has no tokens at all.
             TextTooLong: under the policy "error".
         """
-        check_texts(texts)
-        return self.encode_checked(texts, prefix=prefix)
+        return self.encode_checked(check_texts(texts), prefix=prefix)
 
     def encode_checked(self, texts: Sequence[str], *, prefix: str = "", first: int = 0) -> list[TokenizedText]:
         """As `encode`, of texts that passed `check_texts`; `first` is what errors call the first of them."""
@@ -118,14 +118,14 @@ class TextTokenizer:
         Raises:
             InputError, TextTooLong: as for `encode`; with `whole` no text is too long.
         """
-        check_texts(texts)
+        texts = check_texts(texts)
         tokenizer = self._whole if whole else self._tokenizer
         spanned = []
         for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
             encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
             for index, encoding in enumerate(encodings, group.start):
                 tokens = self._convert(encoding, index, limited=not whole)
-                spanned.append(SpannedText(tokens, *_spans(encoding, len(prefix))))
+                spanned.append(SpannedText(tokens, *_spans(encoding, texts[index], len(prefix))))
         return spanned
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenizedText]:
@@ -151,7 +151,30 @@ class TextTokenizer:
                 tokens.append(TokenizedText(self._convert(encoding, index, name="pairs").input_ids, dropped))
         return tokens
 
-    @property
+    def check_tokens(self, tokens: Sequence[TokenizedText]) -> None:
+        """Refuse everything but what `encode` can have made: an id out of range would be another token's, or nobody's.
+
+        Raises:
+            InputError: naming the first bad item.
+        """
+        if not isinstance(tokens, Sequence):
+            raise InputError(f"tokens must be a list of TokenizedText, not {type(tokens).__name__}: see tokenize")
+        for index, text in enumerate(tokens):
+            if not isinstance(text, TokenizedText):
+                raise InputError(f"tokens[{index}] must be a TokenizedText, not {type(text).__name__}: see tokenize")
+            ids = np.asarray(text.input_ids)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 1 <= len(ids) <= self.max_length:
+                raise InputError(
+                    f"tokens[{index}] must hold 1 to {self.max_length} ids on one axis, not {ids.dtype} of shape "
+                    f"{ids.shape}: see tokenize"
+                )
+            if ids.min() < 0 or ids.max() >= self.vocab_size:
+                raise InputError(
+                    f"tokens[{index}] must hold ids from 0 to {self.vocab_size - 1}, not from {ids.min()} to "
+                    f"{ids.max()}: tokenize with this same embedder"
+                )
+
+    @cached_property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -198,24 +221,49 @@ def slices(texts: Sequence[str], *, max_texts: int, max_characters: int) -> Iter
         yield slice(start, len(texts))
 
 
-def _spans(encoding: Encoding, prefix: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _spans(encoding: Encoding, text: str, prefix: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """`SpannedText.spans` and `.starts_word`, of a text after `prefix` characters of something else."""
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prefix
     spans = np.maximum(spans, 0)  # a token may begin in the prompt and end in the text
+    if not text.isascii():
+        spans[:, 1] = _behind_marks(text, spans)
     foreign = np.array(encoding.special_tokens_mask, dtype=bool) | (spans[:, 1] <= spans[:, 0])
     spans[foreign] = -1
     words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
     return spans, foreign | (words != np.concatenate([[-2], words[:-1]]))
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse everything but a sequence of valid Unicode strings, naming the first bad item. Raises InputError."""
+def _behind_marks(text: str, spans: NDArray[np.int64]) -> list[int]:
+    """Where tokens end: behind the marks that a normalizer joined to their last letter, which offsets leave out."""
+    begins = set(spans[:, 0].tolist())
+    ends = {}
+    for end in set(spans[:, 1].tolist()):
+        stop = end
+        while 0 < stop < len(text) and stop not in begins and _joins_letter(text[stop]):
+            stop += 1
+        ends[end] = stop
+    return [ends[end] for end in spans[:, 1].tolist()]
+
+
+def _joins_letter(character: str) -> bool:
+    """Accents and their like, and the vowels and finals of Korean syllables written letter by letter."""
+    return unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts in a list of their own; refuses everything but a sequence of valid Unicode strings.
+
+    Raises:
+        InputError: naming the first bad item.
+    """
     if isinstance(texts, str):
         raise InputError("texts must be a list of str, not one str: pass [text]")
     if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray | memoryview):
         raise InputError(f"texts must be a list of str, not {type(texts).__name__}: pass list(texts)")
+    texts = list(texts)  # a caller's thread may change its own
     for index, text in enumerate(texts):
         _check_text(f"texts[{index}]", text)
+    return texts
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
