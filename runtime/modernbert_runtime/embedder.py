@@ -103,9 +103,9 @@ class Embedder:
                 raises TextTooLong.
             batch_tokens: most tokens of one batch, padding included; the default is for CPUs, GPUs want more.
             max_memory: most that this process may hold while a batch runs, in bytes or as "2GB": batches are cut to
-                keep to it, one runs at a time, and a text that alone would exceed it is refused. What is resident
-                after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
-                the CPU keeps to it.
+                keep to it, one runs at a time, and a text that alone would exceed it is refused, as is one that is too
+                large to be tokenized (300 bytes for each of its own). What is resident after loading counts; what the
+                caller collects later, such as results, does not. Only onnxruntime on the CPU keeps to it.
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
             engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`,
                 and for tensorrt `gpu_engines.open_plans`.

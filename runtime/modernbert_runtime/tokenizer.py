@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from modernbert_runtime.errors import BundleError, InputError, TextTooLong, one_line
+from modernbert_runtime.machine import return_free_memory
+from modernbert_runtime.memory import in_gb
 
 Truncation = Literal["error", "right", "left"]
 
@@ -23,6 +25,8 @@ Truncation = Literal["error", "right", "left"]
 # busy and few enough characters to stay small.
 _GROUP_TEXTS = 256
 _GROUP_CHARACTERS = 1_000_000
+# What tokenizing takes for a while: 300 bytes a token were measured, and a token may be a single byte of text.
+_BYTES_PER_BYTE = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +83,8 @@ class TextTokenizer:
             ) from error
         self.max_length = max_length
         self.truncation = truncation
+        self._room: int | None = None
+        self._group_characters = _GROUP_CHARACTERS
         self._num_special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= self._num_special:  # the library would silently not truncate
             raise BundleError(
@@ -89,6 +95,11 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         if truncation != "error":
             self._tokenizer.enable_truncation(max_length, direction=truncation)
+
+    def limit_memory(self, room: int) -> None:
+        """From now on, take about that many bytes at most while texts are tokenized, and refuse longer ones."""
+        self._room = room
+        self._group_characters = min(_GROUP_CHARACTERS, max(1, room // _BYTES_PER_BYTE // 4))
 
     def encode(self, texts: Sequence[str], *, prefix: str = "") -> list[TokenizedText]:
         """Tokenize each of `texts` with `prefix` before it, which counts and is cut as if the caller had written it.
@@ -102,9 +113,10 @@ class TextTokenizer:
     def encode_checked(self, texts: Sequence[str], *, prefix: str = "", first: int = 0) -> list[TokenizedText]:
         """As `encode`, of texts that passed `check_texts`; `first` is what errors call the first of them."""
         tokens = []
-        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+        for group in self._groups(texts, first):
             encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
             tokens += [self._convert(encoding, index) for index, encoding in enumerate(encodings, first + group.start)]
+            del encodings
         return tokens
 
     def encode_with_spans(self, texts: Sequence[str], *, prefix: str = "", whole: bool = False) -> list[SpannedText]:
@@ -121,11 +133,13 @@ class TextTokenizer:
         texts = check_texts(texts)
         tokenizer = self._whole if whole else self._tokenizer
         spanned = []
-        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+        for group in self._groups(texts):
             encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
             for index, encoding in enumerate(encodings, group.start):
                 tokens = self._convert(encoding, index, limited=not whole)
                 spanned.append(SpannedText(tokens, *_spans(encoding, texts[index], len(prefix))))
+                del encoding
+            del encodings
         return spanned
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenizedText]:
@@ -140,10 +154,10 @@ class TextTokenizer:
         """
         check_pairs(pairs)
         tokens = []
-        for start in range(0, len(pairs), _GROUP_TEXTS):
-            group = [(first, second) for first, second in pairs[start : start + _GROUP_TEXTS]]
+        for taken in self._groups(["".join(pair) for pair in pairs], name="pairs"):
+            group = [(first, second) for first, second in pairs[taken]]
             encodings = self._whole.encode_batch_fast(group)
-            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), start):
+            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), taken.start):
                 length = len(encoding.ids)
                 if length > self.max_length and self.truncation != "error":
                     encoding = self._tokenizer.encode(*pair)  # again: what is cut off a pair cannot be counted after
@@ -189,6 +203,21 @@ class TextTokenizer:
         """The text of one token, as it reads: without what marks the start of a word."""
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
+
+    def _groups(self, texts: Sequence[str], first: int = 0, *, name: str = "texts") -> Iterator[slice]:
+        """Texts to be tokenized at once. What one that is long has taken goes back to the system after it."""
+        if self._room is not None:
+            for index, text in enumerate(texts, first):
+                size = len(text if text.isascii() else text.encode())
+                if (need := size * _BYTES_PER_BYTE) > self._room:
+                    raise TextTooLong(
+                        f"{name}[{index}] has {size} bytes, and tokenizing it may take {in_gb(need)}; max_memory "
+                        f"leaves {in_gb(self._room)}: raise it, or split the text"
+                    )
+        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=self._group_characters):
+            yield group
+            if sum(map(len, texts[group])) > _GROUP_CHARACTERS:
+                return_free_memory()
 
     @cached_property
     def _whole(self) -> Tokenizer:
