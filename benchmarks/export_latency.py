@@ -501,9 +501,8 @@ def caption(report: dict[str, Any]) -> str:
     here = report["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
-        f"{here['processor']}, {here['cores']} cores, {report['settings']['threads']} threads, load "
-        f"{here['load_average']:.1f} at the start; {report['settings']['precision']}; {report['date']}; {packages}. "
-        f"Ceiling (100 %): {max(report['ceiling_flops']) / 1e9:.0f} GFLOP/s. "
+        f"{measure.described(here, report['settings']['threads'])}; {report['settings']['precision']}; "
+        f"{report['date']}; {packages}. Ceiling (100 %): {max(report['ceiling_flops']) / 1e9:.0f} GFLOP/s. "
         "Faster: peer / ours, median and range of the pairs."
     )
 

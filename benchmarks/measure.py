@@ -274,19 +274,31 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know of this machine: processor, cores, memory, system, and how busy it is right now."""
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        processor = found[1].strip() if found else processor
+    known = dict(re.findall(r"^(\w[\w ]*?)\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)) if cpuinfo.exists() else {}
     return {
-        "processor": processor,
+        "processor": known.get("model name", platform.processor() or platform.machine()).strip(),
+        "instructions": matrix_instructions(known.get("flags", known.get("Features", "")).split()),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0],
     }
+
+
+def described(here: Mapping[str, Any], threads: int) -> str:
+    """A `machine()` in the line below a table."""
+    return (
+        f"{here['processor']} ({here['instructions']}), {here['cores']} cores, {threads} threads, load "
+        f"{here['load_average']:.1f} at the start"
+    )
+
+
+def matrix_instructions(flags: Sequence[str]) -> str:
+    """Those of a CPU's flags that decide how fast it multiplies matrices, such as "avx512f avx512_vnni"."""
+    widest = next((flag for flag in ("avx512f", "avx2", "sve", "asimd") if flag in flags), "")
+    return " ".join([widest, *sorted(flag for flag in flags if re.search("vnni|bf16|amx_|i8mm", flag))]).strip()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -301,9 +313,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def results_directory() -> Path:
-    """`benchmarks/results/<date>_<machine>/`, the machine named by processor and cores."""
+    """`benchmarks/results/<date>_<machine>/`, the machine named by processor, vector instructions and cores."""
     here = machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{here['processor']} {here['cores']} cores".lower()).strip("-")
+    name = " ".join((here["processor"], *here["instructions"].split()[:1], str(here["cores"]), "cores"))
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(__file__).resolve().parent / "results" / f"{datetime.date.today().isoformat()}_{slug}"
 
 

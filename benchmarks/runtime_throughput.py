@@ -362,7 +362,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def caption(report: dict[str, Any]) -> str:
     """Hardware, settings and versions: without them the table means nothing."""
-    here, settings = report["machine"], report["settings"]
+    settings = report["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     sets = ", ".join(
         f"{name} {size['texts']} texts of {size['tokens']:,} tokens" for name, size in report["sets"].items()
@@ -370,9 +370,8 @@ def caption(report: dict[str, Any]) -> str:
     batches = ", ".join(f"{name} {batch}" for name, batch in settings["peer_batch"].items())
     absent = "".join(f" Left out: {name}: {why}." for name, why in report["absent"].items())
     return (
-        f"{here['processor']}, {here['cores']} cores, {settings['threads']} threads, load {here['load_average']:.1f} "
-        f"at the start; medians of the rounds; {report['date']}; {packages}. Sets: {sets}. Texts a call of the peers: "
-        f"{batches}.{absent}"
+        f"{measure.described(report['machine'], settings['threads'])}; medians of the rounds; {report['date']}; "
+        f"{packages}. Sets: {sets}. Texts a call of the peers: {batches}.{absent}"
     )
 
 

@@ -109,8 +109,8 @@ def begun(options: argparse.Namespace, written: Path) -> dict[str, Any]:
     }
     if written.is_file():
         before = json.loads(written.read_text())
-        for what, keys in (("machine", ("processor", "cores")), ("versions", ()), ("settings", ())):
-            one, two = ({key: found[key] for key in keys or found} for found in (before[what], report[what]))
+        for what, keys in (("machine", ("processor", "instructions", "cores")), ("versions", ()), ("settings", ())):
+            one, two = ({key: found.get(key) for key in keys or found} for found in (before[what], report[what]))
             if one != two:
                 raise ValueError(f"{written} has results of other {what}, {one} and not {two}; choose another --out")
         report["results"] = before["results"]
@@ -331,10 +331,10 @@ def as_markdown(report: dict[str, Any]) -> str:
         packed_table(found["packed"]) if "packed" in found else "",
         layer_table(found["layer"]["rows"]) if "layer" in found and len(found["layer"]["rows"]) > 2 else "",
         "\n".join(f"{name}: failed: {why}" for name, why in failed.items()),
-        f"{here['processor']}, {here['cores']} cores, {report['settings']['threads']} threads, load "
-        f"{here['load_average']:.1f} at the start; ModernBERT-{report['settings']['preset']}, batch 1, fp32; forward, "
-        f"loss and backward, no optimizer; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {packages}. Ceiling "
-        f"(100 %): {report['ceiling_flops'] / 1e9:.0f} GFLOP/s. Faster: peer / ours, median and range of the pairs.",
+        f"{measure.described(here, report['settings']['threads'])}; "
+        f"ModernBERT-{report['settings']['preset']}, batch 1, fp32; forward, loss and backward, no optimizer; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {packages}. Ceiling (100 %): "
+        f"{report['ceiling_flops'] / 1e9:.0f} GFLOP/s. Faster: peer / ours, median and range of the pairs.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
