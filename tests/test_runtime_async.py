@@ -5,6 +5,8 @@ import contextlib
 import gc
 import logging
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -439,7 +441,7 @@ def test_a_request_leaves_the_queue_when_its_time_is_up(root: Path) -> None:
                 await late
             assert isinstance(caught.value, TimeoutError)
             await until(lambda: held.waiting == 3)
-            for timeout in (0, -1, float("nan")):
+            for timeout in (0, -1):
                 with pytest.raises(DeadlineExceeded):
                     await held.ask("d", timeout=timeout)
             held.engine.gate.set()
@@ -485,9 +487,29 @@ def test_overload_is_refused_with_limit_and_value(root: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("value", [0, -1])
-def test_bad_options(root: Path, value: int) -> None:
-    with pytest.raises(InputError, match=f"max_waiting_tokens must be at least 1, not {value}"):
+@pytest.mark.parametrize("timeout", [float("nan"), "1"])
+def test_a_timeout_that_is_none(root: Path, timeout: Any) -> None:
+    with (
+        with_engine(root, TinyEngine()) as embedder,
+        pytest.raises(InputError, match="timeout must be seconds or None"),
+    ):
+        asyncio.run(embedder.aembed(["a"], timeout=timeout))
+
+
+def test_time_that_is_up_starts_nothing(root: Path) -> None:
+    async def main() -> None:
+        for _ in range(20):  # however fast the tokenizer is
+            with pytest.raises(DeadlineExceeded):
+                await embedder.aembed(["a"], timeout=0)
+
+    with with_engine(root, TinyEngine()) as embedder:
+        asyncio.run(main())
+        assert embedder.stats().batches == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "9", None, True])
+def test_bad_options(root: Path, value: Any) -> None:
+    with pytest.raises(InputError, match=f"max_waiting_tokens must be at least 1, not {value!r}"):
         Embedder.load(root, max_waiting_tokens=value)
 
 
@@ -642,6 +664,53 @@ def test_closing_before_any_use(root: Path) -> None:
             await embedder.aembed(["a"])
 
     asyncio.run(main(with_engine(root, TinyEngine())))
+
+
+def test_a_loop_that_is_closed_leaves_no_work(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = TinyEngine()
+    engine.gate.clear()
+    loop = asyncio.new_event_loop()
+    with with_engine(root, engine, batch_tokens=3) as embedder:
+        tasks = [loop.create_task(embedder.aembed([letter])) for letter in "abcd"]
+        loop.run_until_complete(until(lambda: embedder._batcher.waiting_tokens == 3 * 3))
+        loop.close()  # without cancelling anybody
+        engine.gate.set()
+        np.testing.assert_allclose(asyncio.run(embedder.aembed(["e"])), [expected_vector("e")], atol=1e-6)
+        assert engine.calls == [["a"], ["e"]]
+        assert embedder._batcher.waiting_tokens == 0
+    for task in tasks:
+        task.get_coro().close()  # as the garbage collector does
+        task._log_destroy_pending = False
+    assert caplog.messages == []
+
+
+EXIT = """
+import asyncio, atexit, contextlib, sys, threading, time
+from modernbert_runtime import Embedder, EngineError
+
+embedder = Embedder.load(sys.argv[1], engine="onnxruntime", batch_tokens=5)
+run, runs = embedder._runner.engine.run, []
+
+def slow(*batch):
+    runs.append(time.sleep(0.005))
+    return run(*batch)
+
+def ask():
+    with contextlib.suppress(EngineError):  # closed before this request was done
+        asyncio.run(embedder.aembed(["a b c"] * 1000))
+
+embedder._runner.engine.run = slow
+atexit.register(lambda: print(len(runs)))  # called when threads have ended
+threading.Thread(target=ask, daemon=True).start()
+while len(runs) < 3:
+    time.sleep(0.01)
+"""
+
+
+def test_the_interpreter_ends_after_the_batch_that_runs(root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EXIT, str(root)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 3 <= int(done.stdout) < 500
 
 
 def test_an_embedder_that_is_dropped_takes_its_threads_along(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Chunks, token vectors and late chunking, against transformers' hidden states and the vectors of the chunks' texts."""
 
 import itertools
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_runtime_tiny_bundle import DIMENSION, PROMPTS, expected_vector, write_tiny_bundle
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from modernbert_runtime import Embedder, InputError, TextTooLong
 from modernbert_runtime.chunking import TokenVectors, pool_spans, token_windows
+from modernbert_runtime.long_text import _window_spans
+from modernbert_runtime.tokenizer import TextTokenizer
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 TEXT = " ".join(WORDS)
@@ -99,6 +103,64 @@ def test_spans_of_a_prompt_are_not_spans_of_the_text(tiny: Embedder) -> None:
     (cut,) = tiny.embed_token_vectors(["a " * 20])
     assert cut.num_dropped == 6
     assert len(cut.vectors) == 16
+
+
+ODD_TEXTS = [
+    "naïve cafe\u0301 ok",  # NFC makes one character of two, and its token says that it is the first
+    "\u1112\u1161\u11ab\u1100\u1173\u11af 한글",
+    "a\r\nb\r\n\r\nc",
+    "👩\u200d👩\u200d👧 family 👍🏽!",
+    "日本語テキスト" * 3,
+    "  e\u0301 \u0301x ﬁ ½ İ",
+]
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """As ModernBERT's: NFC, then a token a byte and few merges, so that most characters have several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["family cafe naïve text 日本"] * 3, trainer)
+    path = tmp_path_factory.mktemp("byte-level") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return TextTokenizer(path, max_length=512)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+@pytest.mark.parametrize("prefix", ["", "query: "])
+def test_spans_are_the_characters_that_the_bytes_of_a_token_come_from(
+    byte_level: TextTokenizer, text: str, prefix: str
+) -> None:
+    (item,) = byte_level.encode_with_spans([text], prefix=prefix)
+    lengths = [len(unicodedata.normalize("NFC", text[:end])) for end in range(len(text) + 1)]
+    starts = [index for index in range(len(text)) if lengths[index + 1] > lengths[index]]  # the rest join
+    composed = [(start, end) for start, end in itertools.pairwise([*starts, len(text)])]
+    sizes = [len(unicodedata.normalize("NFC", text[start:end]).encode()) for start, end in composed]
+    owners = np.repeat(np.arange(len(composed)), sizes)  # of each byte
+    begin = -len(prefix.encode())
+    for token, span in zip(item.tokens.input_ids.tolist(), item.spans.tolist(), strict=True):
+        stop = begin + len(byte_level._tokenizer.id_to_token(token))  # a character of this alphabet stands for a byte
+        if stop > 0:
+            assert span == [composed[owners[max(begin, 0)]][0], composed[owners[stop - 1]][1]]
+        else:
+            assert span == [-1, -1]
+        begin = stop
+    assert begin == len(owners)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_chunks_cut_no_character_and_lose_none(byte_level: TextTokenizer, text: str, size: int) -> None:
+    (item,) = byte_level.encode_with_spans([text], whole=True)
+    spans = _window_spans(item, size=size, overlap=0).tolist()
+    chunks = [text[start:end] for start, end in spans]
+    assert "".join("".join(chunks).split()) == "".join(text.split())
+    counts = [len(tokens.input_ids) for tokens in byte_level.encode(chunks)]
+    assert max(counts) <= size  # a character cut in two would count in both
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
 
 
 # Plain chunks
@@ -205,6 +267,11 @@ def test_a_span_without_tokens_gives_nan_and_is_refused(tiny: Embedder) -> None:
         ({"spans": []}, "there are 0 for 1 texts"),
         ({"spans": [[(2, 9)]]}, r"spans\[0\]\[0\] must be .* <= 3, the characters of texts\[0\], not \(2, 9\)"),
         ({"spans": [[(0, 1), (1, 1)]]}, r"spans\[0\]\[1\] must be"),
+        ({"spans": 1}, r"spans must be a list of \(start, end\), not int"),
+        ({"spans": [None]}, r"spans\[0\] must be a list of \(start, end\), not NoneType"),
+        ({"spans": [[1]]}, r"spans\[0\]\[0\] must be .*, not 1$"),
+        ({"spans": [[(0, 1, 2)]]}, r"spans\[0\]\[0\] must be .*, not \(0, 1, 2\)"),
+        ({"spans": [[(0.0, 1.0)]]}, r"spans\[0\]\[0\] must be .*, not \(0.0, 1.0\)"),
     ],
 )
 def test_bad_chunks(tiny: Embedder, options: dict[str, Any], message: str) -> None:

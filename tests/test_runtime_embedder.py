@@ -31,7 +31,7 @@ from modernbert_runtime import BundleError, Embedder, EngineError, InputError, T
 from modernbert_runtime.bundle import Bundle
 from modernbert_runtime.errors import ModernBertRuntimeError
 from modernbert_runtime.onnxruntime_engine import OnnxRuntimeEngine
-from modernbert_runtime.tokenizer import TextTokenizer
+from modernbert_runtime.tokenizer import TextTokenizer, TokenizedText
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -275,12 +275,61 @@ def test_a_text_without_tokens(tmp_path: Path) -> None:
         ({"truncation": "middle"}, "truncation must be one of error, right, left, not 'middle'"),
         ({"engine": "torch"}, "engine must be one of auto, onnxruntime, openvino, tensorrt, not 'torch'"),
         ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"threads": "2"}, "threads must be at least 1, not '2': pass None"),
+        ({"threads": 1.5}, r"threads must be at least 1, not 1\.5"),
         ({"batch_tokens": 0}, "batch_tokens must be at least 1, not 0"),
+        ({"batch_tokens": float("nan")}, "batch_tokens must be at least 1, not nan"),
+        ({"providers": [1]}, r"providers must be a list of names, .* not \[1\]"),
+        ({"engine_options": ["a"]}, r"engine_options must map str to str, not be \['a'\]"),
+        ({"engine_options": {"threads": "1"}}, "engine_options: 'threads' is neither"),
     ],
 )
 def test_bad_options(root: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Embedder.load(root, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [None, 1, b"bundle", ["bundle"]])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(BundleError, match=f"the path of a directory is needed, not {type(path).__name__}"):
+        Embedder.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_name": ["query"]}, r"prompt_name must be one of query, document, not \['query'\]"),
+        ({"normalize": 0}, "normalize must be True, False or None, not 0"),
+        ({"dimensions": "4"}, "dimensions must be from 1 to 8, not '4'"),
+    ],
+)
+def test_bad_arguments(embedder: Embedder, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        embedder.embed(["a"], **options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (None, "tokens must be a list of TokenizedText, not NoneType"),
+        (["a"], r"tokens\[0\] must be a TokenizedText, not str"),
+        ([TokenizedText(np.array([1, -1]), 0)], r"tokens\[0\] must hold ids from 0 to 33, not from -1 to 1"),
+        ([TokenizedText(np.array([1, 34]), 0)], r"tokens\[0\] must hold ids from 0 to 33, not from 1 to 34"),
+        ([TokenizedText(np.array([], np.int32), 0)], r"must hold 1 to 16 ids on one axis, not int32 of shape \(0,\)"),
+        ([TokenizedText(np.ones(17, np.int32), 0)], r"must hold 1 to 16 ids on one axis, not int32 of shape \(17,\)"),
+        ([TokenizedText(np.array([1.0]), 0)], "must hold 1 to 16 ids on one axis, not float64"),
+    ],
+)
+def test_tokens_that_no_tokenizer_made(embedder: Embedder, tokens: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        embedder.embed_tokens(tokens)
+
+
+def test_a_list_that_changes_meanwhile(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a", "b", "c"]
+    encode = embedder._tokenizer.encode_checked
+    monkeypatch.setattr(embedder._tokenizer, "encode_checked", lambda *a, **k: texts.clear() or encode(*a, **k))
+    np.testing.assert_allclose(embedder.embed(texts), [expected_vector(text) for text in "abc"], atol=1e-6)
 
 
 def test_unknown_precision_names_those_that_exist(root: Path) -> None:

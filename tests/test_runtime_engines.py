@@ -1,9 +1,12 @@
 """Engines: the same values from each, which one is chosen and why, their settings, and memory that comes back."""
 
 import logging
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,61 @@ def test_weights_of_8_bits_are_refused_where_they_overflow(tmp_path: Path, monke
         monkeypatch.setattr(engines, "multiplies_int8_exactly", lambda: False)
 
 
+# Settings
+
+
+def kernel_threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at threads in /proc")
+
+
+@needs_linux
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_as_many_as_asked_for(root: Path, threads: int) -> None:
+    before = kernel_threads()
+    engine = OnnxRuntimeEngine(root / "onnx/model.onnx", output="sentence_embedding", threads=threads)
+    assert len(kernel_threads() - before) == threads - 1  # the caller's thread works too
+    engine.close()
+
+
+@needs_linux
+def test_threads_stay_on_the_cores_of_a_node(root: Path) -> None:
+    first = min(os.sched_getaffinity(0)) + 1  # ONNX Runtime counts from 1
+    options = {"session.intra_op_thread_affinities": f"{first};{first}"}
+    before = kernel_threads()
+    engine = OnnxRuntimeEngine(root / "onnx/model.onnx", output="sentence_embedding", threads=3, options=options)
+    started, end = kernel_threads() - before, time.monotonic() + 10
+    while any(os.sched_getaffinity(thread) != {first - 1} for thread in started):  # each sets its own
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(started) == 2
+    engine.close()
+
+
+def test_a_wrong_engine_option_is_an_error_and_nothing_else(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = {"session.intra_op_thread_affinities": "x"}
+    with pytest.raises(EngineError, match=r"must consist of only digits.*: leave engine_options and threads out"):
+        Embedder.load(root, engine="onnxruntime", threads=2, engine_options=options)
+    assert capfd.readouterr() == ("", "")  # ONNX Runtime would print that it tries again
+
+
+def test_without_the_arena_every_run_gives_its_memory_back(tmp_path: Path) -> None:
+    path = hungry_model(tmp_path / "model.onnx")
+    kept = {}
+    for arena in "10":
+        options = {"enable_cpu_mem_arena": arena}
+        engine = OnnxRuntimeEngine(path, output="sentence_embedding", threads=1, options=options)
+        small, large = np.ones((1, 8), dtype=np.int64), np.ones((2, 1500), dtype=np.int64)
+        engine.run(small, small)
+        before = resident_bytes()
+        engine.run(large, large)  # 200 MB, and too short to be handed back at once
+        kept[arena] = resident_bytes() - before
+        engine.close()
+    assert kept["0"] < 20e6 < 60e6 < kept["1"]
+
+
 # Memory
 
 
@@ -313,6 +371,23 @@ def test_memory_comes_back_after_a_spike(
         made.run(small, small)
     grown = resident_bytes() - before
     assert grown < 40e6, f"{grown / 1e6:.0f} MB of about 200 MB are still resident"
+
+
+def test_threads_that_run_while_memory_goes_back(openvino: Any, tmp_path: Path) -> None:
+    engine = OpenVinoEngine(hungry_model(tmp_path / "model.onnx"), output="sentence_embedding", threads=1)
+    wide = np.random.default_rng(0).normal(size=(4, 4096)).astype(np.float32).sum(axis=0)
+    found: list[float] = []
+
+    def work(number: int) -> None:
+        for length in [400, 8] * 8:  # each short run after a long one hands back
+            ids = np.full((1, length), number, dtype=np.int64)
+            result = engine.run(ids, np.ones_like(ids))
+            found.append(float(np.abs(result - (4 * number + wide)).max()))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(1, 5)))
+    assert len(found) == 64
+    assert max(found) < 1e-3  # fp32 sums of 400 numbers around 16, in another order
 
 
 def peak_over(work: Callable[[], object]) -> int:

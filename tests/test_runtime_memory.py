@@ -187,6 +187,30 @@ def test_loading_within_a_limit(root: Path, caplog: pytest.LogCaptureFixture) ->
     assert re.search(r"0\.\d\d GB for a batch, texts of up to \d+ tokens$", caplog.messages[-1])
 
 
+def test_a_text_that_could_not_be_tokenized_within_the_limit(root: Path) -> None:
+    tokenizer = TextTokenizer(root / "tokenizer.json", max_length=16)
+    tokenizer.limit_memory(30_000)
+    fits, long, wide = "a" * 100, "a" * 101, "é" * 51
+    assert len(tokenizer.encode([fits, fits])) == 2
+    for encode, name in (
+        (lambda text: tokenizer.encode(["a", text]), r"texts\[1\]"),
+        (lambda text: tokenizer.encode_with_spans(["a", text]), r"texts\[1\]"),
+        (lambda text: tokenizer.encode_pairs([("a", "b"), ("", text)]), r"pairs\[1\]"),
+    ):
+        for text, size in ((long, 101), (wide, 102)):
+            with pytest.raises(TextTooLong, match=rf"{name} has {size} bytes, .* max_memory leaves 0\.00 GB"):
+                encode(text)
+
+
+def test_what_a_long_text_took_comes_back(root: Path) -> None:
+    tokenizer = TextTokenizer(root / "tokenizer.json", max_length=16)
+    tokenizer.encode(["a"])
+    before = resident_bytes()
+    (tokens,) = tokenizer.encode(["a " * 600_000])
+    assert tokens.num_dropped == 600_000 - 14
+    assert resident_bytes() - before < 20e6  # of about 180 MB
+
+
 def test_limits_that_cannot_be_kept(root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"max_memory must exceed \d\.\d\d GB, not be 0\.00 GB"):
         Embedder.load(root, engine="onnxruntime", max_memory="1MB")

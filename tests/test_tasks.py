@@ -522,6 +522,9 @@ def test_bad_texts_are_named(made: Callable[[str], Path], one_label: Path) -> No
             tagger.classify(["a", none])
         with pytest.raises(RuntimeInputError, match="aggregation must be one of none, simple, first, not 'max'"):
             tagger.classify(["a"], aggregation="max")  # type: ignore[arg-type]
+        for labels in ("O", None):
+            with pytest.raises(RuntimeInputError, match=f"ignore_labels must be a list of labels, not {labels!r}"):
+                tagger.classify(["a"], ignore_labels=labels)  # type: ignore[arg-type]
     with Reranker.load(one_label) as reranker:
         for pairs, message in (
             ([("a", "b"), none], r"pairs\[1\] must be two texts"),

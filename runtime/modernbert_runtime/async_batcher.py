@@ -7,6 +7,7 @@ the engine is busy others arrive, and the next batch takes them together.
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from bisect import bisect_left, insort
@@ -18,7 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modernbert_runtime.batching import plan_batches
-from modernbert_runtime.errors import DeadlineExceeded, EngineError, ModernBertRuntimeError, Overloaded, one_line
+from modernbert_runtime.errors import (
+    DeadlineExceeded,
+    EngineError,
+    InputError,
+    ModernBertRuntimeError,
+    Overloaded,
+    one_line,
+)
 from modernbert_runtime.tokenizer import TokenizedText
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,7 @@ class Request:
         tokens: at least one text.
         dimension: of one vector.
         finish: what the caller gets of the vectors [texts, dimension]; called in the engine thread.
+        abandoned: whether nobody can receive them any more, for their event loop is closed.
     """
 
     def __init__(
@@ -48,11 +57,13 @@ class Request:
         tokens: Sequence[TokenizedText],
         dimension: int,
         finish: Callable[[NDArray[np.float32]], NDArray[Any]] = lambda vectors: vectors,
+        abandoned: Callable[[], bool] = lambda: False,
     ) -> None:
         self.waiting = dict(enumerate(tokens))  # index of the text -> the text, until it starts
         self.num_tokens = sum(len(text.input_ids) for text in tokens)
         self.order = 0  # smaller goes first; the queue sets it
         self.future: Future[NDArray[Any]] = Future()
+        self.abandoned = abandoned
         self._finish = finish
         self._vectors = np.empty((len(tokens), dimension), dtype=np.float32)
         self._missing = len(tokens)
@@ -61,14 +72,15 @@ class Request:
         """Take the vector of one text; the last one completes the request."""
         self._vectors[index] = vector
         self._missing -= 1
-        if self._missing == 0:
+        if self._missing == 0 and not self.abandoned():
             with contextlib.suppress(InvalidStateError):  # the caller is gone
                 self.future.set_result(self._finish(self._vectors))
 
     def fail(self, error: ModernBertRuntimeError) -> None:
         """Let the caller have this error, unless it is gone or has one already."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
+        if not self.abandoned():
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_exception(error)
 
 
 Item = tuple[Request, int, TokenizedText]
@@ -131,6 +143,11 @@ class TokenQueue:
         for request in requests:
             self.withdraw(request)
         return requests
+
+    def withdraw_abandoned(self) -> None:
+        """Forget what nobody can receive."""
+        for request in [request for request in self._requests if request.abandoned()]:
+            self.withdraw(request)
 
     def next_batch(self) -> list[Item]:
         """Take the first text of the first request, and those that `plan_batches` puts with it; [] if none waits."""
@@ -210,6 +227,10 @@ class AsyncBatcher:
         timeout: float | None = None,
     ) -> NDArray[Any]:
         """What `finish` makes of the rows [n, dimension] of what `tokenize` returns; errors as `Embedder.aembed`."""
+        import asyncio  # callers have it; others need not pay 30 ms for it
+
+        if timeout is not None and (not isinstance(timeout, int | float) or math.isnan(timeout)):
+            raise InputError(f"timeout must be seconds or None, not {timeout!r}")
         end = None if timeout is None else time.monotonic() + timeout
 
         def tokenize_if_open() -> list[TokenizedText]:
@@ -219,11 +240,11 @@ class AsyncBatcher:
         try:
             with self._lock:
                 self._check_open()
-                tokenizing = self._tokenizer_thread.submit(tokenize_if_open)
+                tokenizing = _submit(self._tokenizer_thread, tokenize_if_open)
             tokens = await _until(end, tokenizing)
             if not tokens:
                 return finish(np.empty((0, self._dimension), dtype=np.float32))
-            request = Request(tokens, self._dimension, finish)
+            request = Request(tokens, self._dimension, finish, asyncio.get_running_loop().is_closed)
             self._admit(request)
             try:
                 return await _until(end, request.future)
@@ -255,18 +276,28 @@ class AsyncBatcher:
             self._check_open()
             self._queue.admit(request)
             if not self._working:
-                self._engine_thread.submit(self._work)
+                _submit(self._engine_thread, self._work)
                 self._working = True
 
     def _work(self) -> None:
-        """Run batches until nothing waits. The engine thread's only job, at most once at a time."""
-        while True:
+        """Run a batch, and see to it that the next one runs. The engine thread's only job, at most once at a time.
+
+        One batch a job: the end of the interpreter waits for jobs that were submitted, and takes no more of them.
+        """
+        with self._lock:
+            self._queue.withdraw_abandoned()
+            batch = self._queue.next_batch()
+            if not batch:
+                self._working = False
+                return
+        self._run_batch(batch)
+        try:
+            _submit(self._engine_thread, self._work)
+        except EngineError as error:
             with self._lock:
-                batch = self._queue.next_batch()
-                if not batch:
-                    self._working = False
-                    return
-            self._run_batch(batch)
+                requests = self._queue.withdraw_all()
+            for request in requests:
+                request.fail(error)
 
     def _run_batch(self, batch: list[Item]) -> None:
         """Answer for every text: what fails together runs once more alone, so that only the culprits' callers hear."""
@@ -299,18 +330,29 @@ class _EndReached(Exception):  # noqa: N818 - never leaves this file
 
 async def _until(end: float | None, future: Future[T]) -> T:
     """The result of a future of another thread, or _EndReached; cancels it if it is not needed any more."""
-    import asyncio  # callers have it; others need not pay 30 ms for it
+    import asyncio  # as above
 
     waiter = asyncio.wrap_future(future)
     try:
-        # Not wait_for: before Python 3.12 it can swallow a cancellation, and before 3.11 its TimeoutError is another.
-        await asyncio.wait([waiter], timeout=None if end is None else max(0.0, end - time.monotonic()))
+        left = None if end is None else end - time.monotonic()
+        if left is None or left > 0:
+            # Not wait_for: before Python 3.12 it can swallow a cancellation, before 3.11 its TimeoutError is another.
+            await asyncio.wait([waiter], timeout=left)
         if not waiter.done():
             raise _EndReached
         return waiter.result()
     finally:
-        if not waiter.cancel():
-            waiter.exception()  # seen, so asyncio does not log it if we were cancelled meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and what is left of this task is cleared away
+            if not waiter.cancel():
+                waiter.exception()  # seen, so asyncio does not log it if we were cancelled meanwhile
+
+
+def _submit(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Future[T]:
+    """Raises EngineError where the pool is closed, be it by the end of the interpreter."""
+    try:
+        return pool.submit(work)
+    except RuntimeError as error:
+        raise EngineError(f"closed before this request was done ({one_line(error)})") from error
 
 
 def _as_ours(error: BaseException, index: int) -> ModernBertRuntimeError:

@@ -49,8 +49,12 @@ class Bundle:
             raise BundleError(
                 f"bundle: no {MANIFEST_NAME} in {str(path)!r}: pass the directory that `modernbert export` wrote"
             ) from error
+        except TypeError as error:
+            raise BundleError(f"bundle: the path of a directory is needed, not {type(path).__name__}") from error
         except (OSError, RuntimeError, ValueError) as error:  # unreadable, a symlink loop, not UTF-8
-            raise BundleError(f"bundle: cannot read {MANIFEST_NAME} in {str(path)!r} ({one_line(error)})") from error
+            raise BundleError(
+                f"bundle: cannot read {MANIFEST_NAME} in {str(path)!r:.200} ({one_line(error, 150)})"
+            ) from error
         return cls(root=root, manifest=Manifest.from_json(text), verify_hashes=verify_hashes)
 
     def path_of(self, name: str) -> Path:

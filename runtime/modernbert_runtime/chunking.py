@@ -1,5 +1,6 @@
 """Where the chunks of a text begin and end, and late pooling. Pure functions on arrays; no model, no tokenizer."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.arguments import check_count
 from modernbert_runtime.errors import InputError
 
 
@@ -44,38 +46,42 @@ class TokenVectors:
 
 def check_windows(size: int, overlap: int) -> None:
     """Refuse windows that are empty or that do not advance. Raises InputError."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InputError(f"size must be at least 1 token, not {size!r}")
+    check_count("size", size, unit=" token")
     if isinstance(overlap, bool) or not isinstance(overlap, int) or not 0 <= overlap < size:
         raise InputError(f"overlap must be from 0 to {size - 1} tokens (size - 1), not {overlap!r}")
 
 
-def token_windows(starts_word: NDArray[np.bool_], *, size: int, overlap: int) -> NDArray[np.int64]:
+def token_windows(
+    starts_word: NDArray[np.bool_], *, size: int, overlap: int, starts_character: NDArray[np.bool_] | None = None
+) -> NDArray[np.int64]:
     """Cut a row of tokens into windows that overlap.
 
     A window ends before a word that does not fit, and the next begins where a word does, so that words stay whole;
-    only a word longer than a window is cut. So windows have at most `size` tokens, and share at least `overlap` with
-    the one before unless that would keep them from advancing; with an overlap of 0 they share nothing.
+    only a word longer than a window is cut, between characters if that can be, for one may have several tokens. So
+    windows have at most `size` tokens, and share at least `overlap` with the one before unless that would keep them
+    from advancing; with an overlap of 0 they share nothing.
 
     Args:
         starts_word: [tokens], whether a word begins at this token.
         size: most tokens of a window.
         overlap: tokens that neighbours share, less than `size`.
+        starts_character: [tokens], whether no token before holds a part of this one's first character; None for all.
 
     Returns:
         [windows, 2], first token and the one after the last. Every token is in at least one window; none repeats
         another's end.
     """
     total = len(starts_word)
+    starts = [starts_word] if starts_character is None else [starts_word, starts_character]
     windows: list[tuple[int, int]] = []
     start = end = 0
     while end < total:
         stop = min(start + size, total)
         if stop < total:
-            stop = _word_start_at_or_before(starts_word, stop, above=max(start, end))
+            stop = _start_at_or_before(starts, stop, above=max(start, end))
         windows.append((start, stop))
         end = stop
-        start = _word_start_at_or_before(starts_word, max(end - overlap, start + 1), above=start)
+        start = _start_at_or_before(starts, max(end - overlap, start + 1), above=start)
     return np.array(windows, dtype=np.int64).reshape(-1, 2)
 
 
@@ -86,16 +92,31 @@ def chunk_spans(spans: NDArray[np.int64], windows: NDArray[np.int64]) -> NDArray
 
 def check_spans(spans: Sequence[Sequence[tuple[int, int]]], texts: Sequence[str]) -> list[NDArray[np.int64]]:
     """The callers' spans as one array [chunks, 2] per text. Raises InputError, which names the first bad one."""
+    spans = _items("spans", spans)
     if len(spans) != len(texts):
         raise InputError(f"spans must hold a list of spans per text: there are {len(spans)} for {len(texts)} texts")
+    checked = []
     for index, (chunks, text) in enumerate(zip(spans, texts, strict=True)):
-        for number, (start, end) in enumerate(chunks):
+        chunks = _items(f"spans[{index}]", chunks)
+        for number, chunk in enumerate(chunks):
+            try:
+                start, end = (operator.index(bound) for bound in chunk)
+            except (TypeError, ValueError):  # no pair, or not of whole numbers
+                start, end = -1, -1
             if not 0 <= start < end <= len(text):
                 raise InputError(
                     f"spans[{index}][{number}] must be (start, end) with 0 <= start < end <= {len(text)}, the "
-                    f"characters of texts[{index}], not ({start}, {end})"
+                    f"characters of texts[{index}], not {chunk!r:.100}"
                 )
-    return [np.array(list(chunks), dtype=np.int64).reshape(-1, 2) for chunks in spans]
+        checked.append(np.array(chunks, dtype=np.int64).reshape(-1, 2))
+    return checked
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    try:
+        return list(value)
+    except TypeError:
+        raise InputError(f"{name} must be a list of (start, end), not {type(value).__name__}") from None
 
 
 def pool_spans(tokens: TokenVectors, spans: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -117,7 +138,10 @@ def pool_spans(tokens: TokenVectors, spans: NDArray[np.int64]) -> NDArray[np.flo
     return pooled
 
 
-def _word_start_at_or_before(starts_word: NDArray[np.bool_], token: int, *, above: int) -> int:
-    """The last token that starts a word among those after `above` and up to `token`; `token` itself if none does."""
-    candidates = np.flatnonzero(starts_word[above + 1 : token + 1])
-    return above + 1 + int(candidates[-1]) if len(candidates) else token
+def _start_at_or_before(starts: Sequence[NDArray[np.bool_]], token: int, *, above: int) -> int:
+    """The last token after `above` and up to `token` that the first of `starts` marks, else the next; else `token`."""
+    for marked in starts:
+        candidates = np.flatnonzero(marked[above + 1 : token + 1])
+        if len(candidates):
+            return above + 1 + int(candidates[-1])
+    return token

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from modernbert_runtime.arguments import check_count
 from modernbert_runtime.async_batcher import MAX_WAITING_TOKENS, AsyncBatcher
 from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.chunking import TextChunks, TokenVectors, check_spans, check_windows
@@ -52,8 +53,7 @@ class Embedder:
         max_waiting_tokens: int = MAX_WAITING_TOKENS,
         memory: MemoryBudget | None = None,
     ) -> None:
-        if max_waiting_tokens < 1:
-            raise InputError(f"max_waiting_tokens must be at least 1, not {max_waiting_tokens}")
+        check_count("max_waiting_tokens", max_waiting_tokens)
         self._tokenizer = tokenizer
         self._manifest = manifest
         self._runner = BatchRunner(
@@ -103,9 +103,9 @@ class Embedder:
                 raises TextTooLong.
             batch_tokens: most tokens of one batch, padding included; the default is for CPUs, GPUs want more.
             max_memory: most that this process may hold while a batch runs, in bytes or as "2GB": batches are cut to
-                keep to it, one runs at a time, and a text that alone would exceed it is refused. What is resident
-                after loading counts; what the caller collects later, such as results, does not. Only onnxruntime on
-                the CPU keeps to it.
+                keep to it, one runs at a time, and a text that alone would exceed it is refused, as is one that is too
+                large to be tokenized (300 bytes for each of its own). What is resident after loading counts; what the
+                caller collects later, such as results, does not. Only onnxruntime on the CPU keeps to it.
             max_waiting_tokens: most tokens that wait in `aembed` for their batch.
             engine_options: the engine's own settings by its own names; see `OnnxRuntimeEngine`, `OpenVinoEngine`,
                 and for tensorrt `gpu_engines.open_plans`.
@@ -195,7 +195,7 @@ class Embedder:
         """
         output = self._output(dimensions, output_dtype, normalize)
         prefix = self._prompt(prompt_name)
-        check_texts(texts)
+        texts = check_texts(texts)
         return self._pipeline.embed(texts, prefix, output, progress=progress)
 
     async def aembed(
@@ -336,6 +336,7 @@ class Embedder:
     ) -> NDArray[Any]:
         """Embed what `tokenize` of this same embedder returned; arguments, result and errors as `embed`."""
         output = self._output(dimensions, output_dtype, normalize)
+        self._tokenizer.check_tokens(tokens)
         return self._pipeline.embed_tokens(tokens, output, progress=progress)
 
     def embed_token_vectors(
@@ -354,7 +355,7 @@ class Embedder:
         spanned = self._tokenizer.encode_with_spans(texts, prefix=self._prompt(prompt_name))
         self._pipeline.report_truncation([item.tokens.num_dropped for item in spanned])
         vectors = dict(self._pipeline.token_vectors(spanned, progress=progress))
-        return [vectors[index] for index in range(len(texts))]
+        return [vectors[index] for index in range(len(spanned))]
 
     def embed_chunks(
         self,
@@ -393,7 +394,7 @@ class Embedder:
         """
         output = self._output(dimensions, output_dtype, normalize)
         prefix = self._prompt(prompt_name)
-        check_texts(texts)
+        texts = check_texts(texts)
         check_windows(size, overlap)
         given = check_spans(spans, texts) if spans is not None else None
         if not late:
@@ -446,7 +447,7 @@ class Embedder:
         prompts = self._manifest.prompts
         if name is None:
             return ""
-        if name not in prompts:
+        if not isinstance(name, str) or name not in prompts:
             raise InputError(
                 f"prompt_name must be one of {', '.join(prompts) or '(this bundle has none)'}, not {name!r}: "
                 "or put the prompt into the texts"

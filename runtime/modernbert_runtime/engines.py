@@ -66,6 +66,8 @@ def open_engine(
             raise InputError("max_memory is kept by engine='onnxruntime' only: leave it out, or choose that engine")
         if providers is not None:
             raise InputError("providers belong to engine='onnxruntime': leave them out, or choose that engine")
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"engine_options must map str to str, not be {options!r:.100}")
     chosen = _choose(bundle, engine, precision, providers, bounded_memory)
     if packed and (chosen.engine != "onnxruntime" or provider_names(chosen.providers) != (CPU,)):
         raise InputError("packed=True runs with engine='onnxruntime' on the CPU only: choose that, or leave it out")

@@ -72,8 +72,10 @@ def late_chunks(
 
 def _window_spans(item: SpannedText, *, size: int, overlap: int) -> Spans:
     own = item.spans[:, 1] > 0  # neither special tokens nor the prompt
-    windows = token_windows(item.starts_word[own], size=size, overlap=overlap)
-    return chunk_spans(item.spans[own], windows)
+    spans = item.spans[own]
+    starts_character = np.append(True, spans[1:, 0] >= spans[:-1, 1])[: len(spans)]
+    windows = token_windows(item.starts_word[own], size=size, overlap=overlap, starts_character=starts_character)
+    return chunk_spans(spans, windows)
 
 
 def _check_fits(tokenizer: TextTokenizer, size: int, prefix: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.arguments import check_count
 from modernbert_runtime.errors import EngineError, InputError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
 from modernbert_runtime.onnxruntime_providers import CPU, CUDA, TENSORRT, provider_names
@@ -35,10 +36,11 @@ class _OnnxRuntimeSession:
         keep_little_memory: hand back what a batch took after it, unless it was small; see `Spikes`.
         options: session options of ONNX Runtime by their names, such as {"session.intra_op.allow_spinning": "0"} (idle
             threads sleep: less CPU, later start), {"session.intra_op_thread_affinities": "1-8;..."} (cores of one
-            NUMA node), or {"enable_cpu_mem_arena": "0"} (every run gets its memory anew: least memory, slower).
+            NUMA node), or {"enable_cpu_mem_arena": "0"} (every run gets its memory anew: least memory, slower). ONNX
+            Runtime itself ignores names of the form session.* that it does not know.
 
     Raises:
-        InputError: threads below 1, or an option that ONNX Runtime does not know.
+        InputError: threads below 1, or an option of neither form.
         EngineError: onnxruntime or a provider is not installed, or the file is not a model of this signature.
     """
 
@@ -55,8 +57,8 @@ class _OnnxRuntimeSession:
         keep_little_memory: bool = False,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, not {threads}: pass None to let ONNX Runtime choose")
+        if threads is not None:
+            check_count("threads", threads, remedy=": pass None to let ONNX Runtime choose")
         ort = load_onnxruntime()
         providers = provider_names(providers)
         if missing := set(providers) - set(ort.get_available_providers()):
@@ -67,15 +69,16 @@ class _OnnxRuntimeSession:
 
         settings = ort.SessionOptions()
         settings.log_severity_level = 4  # errors come as exceptions, and once is enough
-        settings.intra_op_num_threads = threads or usable_threads() or 0
         for name, value in (options or {}).items():
             _set_option(settings, name, value)
         with_options = [(name, dict((provider_options or {}).get(name, {}))) for name in providers]
         try:
-            session = ort.InferenceSession(str(path), settings, providers=with_options)
+            settings.intra_op_num_threads = threads or usable_threads() or 0
+            session = ort.InferenceSession(str(path), settings, providers=with_options, enable_fallback=0)
         except Exception as error:  # onnxruntime has an exception type per status code, without a common base
+            remedy = "leave engine_options and threads out, or " if options or threads else ""
             raise EngineError(
-                f"onnxruntime cannot load {Path(path).name!r} ({one_line(error)}): export the bundle again"
+                f"onnxruntime cannot load {Path(path).name!r} ({one_line(error)}): {remedy}export the bundle again"
             ) from error
         if absent := [name for name in providers if name not in session.get_providers()]:
             raise EngineError(

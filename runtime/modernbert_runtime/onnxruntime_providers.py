@@ -60,6 +60,6 @@ def provider_names(providers: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: no list of names.
     """
-    if isinstance(providers, str) or not providers:
+    if not isinstance(providers, list | tuple) or not providers or not all(isinstance(p, str) for p in providers):
         raise InputError(f"providers must be a list of names, such as [{CPU!r}], not {providers!r}")
     return tuple(providers)

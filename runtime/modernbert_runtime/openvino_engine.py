@@ -7,15 +7,18 @@ reasons, seen with 2026.4. In bfloat16 its rotary angles cannot count beyond 256
 it reads what nothing has written. In fp32 there was none, nor with the graph lowered for OpenVINO.
 """
 
+import contextlib
 import queue
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modernbert_runtime.errors import EngineError, InputError, one_line
+from modernbert_runtime.arguments import check_count
+from modernbert_runtime.errors import EngineError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
 from modernbert_runtime.spikes import Spikes
 
@@ -43,8 +46,8 @@ class OpenVinoEngine:
         threads: int | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, not {threads}: pass None to let OpenVINO choose")
+        if threads is not None:
+            check_count("threads", threads, remedy=": pass None to let OpenVINO choose")
         try:
             import openvino
         except ImportError as error:
@@ -77,6 +80,9 @@ class OpenVinoEngine:
         self._output = output
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()  # requests; each serves one run at a time
         self._spikes = Spikes()
+        self._change = threading.Condition()  # of the two below
+        self._running = 0
+        self._let_go = False  # of the memory, once nothing runs
         hint = properties["INFERENCE_PRECISION_HINT"]
         self.name = f"openvino (CPU, {'fp32' if hint == 'f32' else hint})"
 
@@ -90,20 +96,40 @@ class OpenVinoEngine:
         if output is not None and output not in self._outputs:
             raise EngineError(f"this model gives {', '.join(self._outputs)}, not {output}: export it again")
         try:
-            try:
-                request = self._idle.get_nowait()
-            except queue.Empty:
-                request = compiled.create_infer_request()
-            request.infer({"input_ids": input_ids, "attention_mask": attention_mask})
-            result = np.array(request.get_output_tensor(self._outputs[output or self._output]).data)
-            self._idle.put(request)
-            if self._spikes.passed_with(*input_ids.shape):
-                compiled.release_memory()
-                return_free_memory()
+            with self._running_on(compiled):
+                try:
+                    request = self._idle.get_nowait()
+                except queue.Empty:
+                    request = compiled.create_infer_request()
+                request.infer({"input_ids": input_ids, "attention_mask": attention_mask})
+                result = np.array(request.get_output_tensor(self._outputs[output or self._output]).data)
+                self._idle.put(request)
+                if self._spikes.passed_with(*input_ids.shape):
+                    self._let_go = True
             return result
         except Exception as error:  # as above
             rows, length = input_ids.shape
             raise EngineError(f"openvino failed on a batch of {rows} x {length} tokens ({one_line(error)})") from error
+
+    @contextlib.contextmanager
+    def _running_on(self, compiled: Any) -> Iterator[None]:
+        """Around a run: memory is handed back when no other is under way, and none begins before it is.
+
+        OpenVINO refuses to release memory while a request computes, and frees what others have not read yet.
+        """
+        with self._change:
+            self._change.wait_for(lambda: not self._let_go)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._running -= 1
+                if self._let_go and not self._running:
+                    self._let_go = False
+                    self._change.notify_all()
+                    compiled.release_memory()
+                    return_free_memory()
 
     def close(self) -> None:
         """Drop the model; runs under way finish."""

@@ -58,10 +58,13 @@ class OutputFormat:
         """
         if output_dtype not in get_args(OutputDtype):
             raise InputError(f"output_dtype must be one of {', '.join(get_args(OutputDtype))}, not {output_dtype!r}")
-        if dimensions is None:
-            dimensions = manifest.dimension
+        dimensions = manifest.dimension if dimensions is None else dimensions
+        if isinstance(dimensions, np.integer):
+            dimensions = int(dimensions)
         if isinstance(dimensions, bool) or not isinstance(dimensions, int) or not 1 <= dimensions <= manifest.dimension:
             raise InputError(f"dimensions must be from 1 to {manifest.dimension}, not {dimensions!r}")
+        if normalize is not None and not isinstance(normalize, bool):
+            raise InputError(f"normalize must be True, False or None, not {normalize!r}")
         if manifest.normalize and normalize is False:
             raise InputError(
                 "normalize=False: this bundle's graph scales its vectors to unit length, so their own length is lost: "

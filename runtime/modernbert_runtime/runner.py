@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.arguments import check_count
 from modernbert_runtime.batching import plan_batches
 from modernbert_runtime.engine import Engine, PackedEngine
-from modernbert_runtime.errors import EngineError, InputError, TextTooLong
+from modernbert_runtime.errors import EngineError, TextTooLong
 from modernbert_runtime.memory import MemoryBudget, in_gb
 from modernbert_runtime.stats import Counters
 from modernbert_runtime.tokenizer import TokenizedText
@@ -42,8 +43,7 @@ class BatchRunner:
         memory: MemoryBudget | None,
         sequence_output: str = "last_hidden_state",
     ) -> None:
-        if batch_tokens < 1:
-            raise InputError(f"batch_tokens must be at least 1, not {batch_tokens}")
+        check_count("batch_tokens", batch_tokens)
         self.engine = engine
         self.packed = isinstance(engine, PackedEngine)
         self.pad_id = pad_id

@@ -11,10 +11,10 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from modernbert_runtime.arguments import check_count
 from modernbert_runtime.async_batcher import MAX_WAITING_TOKENS
 from modernbert_runtime.batching import BATCH_TOKENS
 from modernbert_runtime.engines import EngineName
-from modernbert_runtime.errors import InputError
 from modernbert_runtime.loading import OpenedBundle, open_bundle
 from modernbert_runtime.pipeline import Pipeline
 from modernbert_runtime.runner import BatchRunner
@@ -47,8 +47,7 @@ class TaskModel:
         batch_tokens: int = BATCH_TOKENS,
         max_waiting_tokens: int = MAX_WAITING_TOKENS,
     ) -> None:
-        if max_waiting_tokens < 1:
-            raise InputError(f"max_waiting_tokens must be at least 1, not {max_waiting_tokens}")
+        check_count("max_waiting_tokens", max_waiting_tokens)
         self._max_waiting_tokens = max_waiting_tokens
         self._tokenizer, self._manifest = opened.tokenizer, opened.manifest
         self._runner = BatchRunner(
@@ -122,8 +121,8 @@ class TaskModel:
 
 def check_top_k(top_k: int | None) -> None:
     """Refuse a number of results that is none. Raises InputError."""
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise InputError(f"top_k must be at least 1, not {top_k!r}")
+    if top_k is not None:
+        check_count("top_k", top_k)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,6 +1,6 @@
 """Text in, labelled pieces of it out: named entities, parts of speech."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
@@ -74,6 +74,8 @@ class TokenClassifier(TaskModel):
         """
         if aggregation not in get_args(Aggregation):
             raise InputError(f"aggregation must be one of {', '.join(get_args(Aggregation))}, not {aggregation!r}")
+        if not isinstance(ignore_labels, Collection) or isinstance(ignore_labels, str):
+            raise InputError(f"ignore_labels must be a list of labels, not {ignore_labels!r:.100}")
         spanned = self._tokenizer.encode_with_spans(texts)
         self._pipeline.report_truncation([item.tokens.num_dropped for item in spanned])
         found: dict[int, list[Entity]] = {}

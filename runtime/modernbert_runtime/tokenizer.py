@@ -4,6 +4,7 @@ A thin wrapper of `tokenizers`: it refuses what that library refuses with an unc
 truncation and padding tokenizer.json brought along, and reports per text how much was cut.
 """
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from modernbert_runtime.errors import BundleError, InputError, TextTooLong, one_line
+from modernbert_runtime.machine import return_free_memory
+from modernbert_runtime.memory import in_gb
 
 Truncation = Literal["error", "right", "left"]
 
@@ -22,6 +25,8 @@ Truncation = Literal["error", "right", "left"]
 # busy and few enough characters to stay small.
 _GROUP_TEXTS = 256
 _GROUP_CHARACTERS = 1_000_000
+# What tokenizing takes for a while: 300 bytes a token were measured, and a token may be a single byte of text.
+_BYTES_PER_BYTE = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +83,8 @@ class TextTokenizer:
             ) from error
         self.max_length = max_length
         self.truncation = truncation
+        self._room: int | None = None
+        self._group_characters = _GROUP_CHARACTERS
         self._num_special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= self._num_special:  # the library would silently not truncate
             raise BundleError(
@@ -89,6 +96,11 @@ class TextTokenizer:
         if truncation != "error":
             self._tokenizer.enable_truncation(max_length, direction=truncation)
 
+    def limit_memory(self, room: int) -> None:
+        """From now on, take about that many bytes at most while texts are tokenized, and refuse longer ones."""
+        self._room = room
+        self._group_characters = min(_GROUP_CHARACTERS, max(1, room // _BYTES_PER_BYTE // 4))
+
     def encode(self, texts: Sequence[str], *, prefix: str = "") -> list[TokenizedText]:
         """Tokenize each of `texts` with `prefix` before it, which counts and is cut as if the caller had written it.
 
@@ -96,15 +108,15 @@ class TextTokenizer:
             InputError: not a sequence of texts, an item that is not valid Unicode text or has no tokens at all.
             TextTooLong: under the policy "error".
         """
-        check_texts(texts)
-        return self.encode_checked(texts, prefix=prefix)
+        return self.encode_checked(check_texts(texts), prefix=prefix)
 
     def encode_checked(self, texts: Sequence[str], *, prefix: str = "", first: int = 0) -> list[TokenizedText]:
         """As `encode`, of texts that passed `check_texts`; `first` is what errors call the first of them."""
         tokens = []
-        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+        for group in self._groups(texts, first):
             encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
             tokens += [self._convert(encoding, index) for index, encoding in enumerate(encodings, first + group.start)]
+            del encodings
         return tokens
 
     def encode_with_spans(self, texts: Sequence[str], *, prefix: str = "", whole: bool = False) -> list[SpannedText]:
@@ -118,14 +130,16 @@ class TextTokenizer:
         Raises:
             InputError, TextTooLong: as for `encode`; with `whole` no text is too long.
         """
-        check_texts(texts)
+        texts = check_texts(texts)
         tokenizer = self._whole if whole else self._tokenizer
         spanned = []
-        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=_GROUP_CHARACTERS):
+        for group in self._groups(texts):
             encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
             for index, encoding in enumerate(encodings, group.start):
                 tokens = self._convert(encoding, index, limited=not whole)
-                spanned.append(SpannedText(tokens, *_spans(encoding, len(prefix))))
+                spanned.append(SpannedText(tokens, *_spans(encoding, texts[index], len(prefix))))
+                del encoding
+            del encodings
         return spanned
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenizedText]:
@@ -140,10 +154,10 @@ class TextTokenizer:
         """
         check_pairs(pairs)
         tokens = []
-        for start in range(0, len(pairs), _GROUP_TEXTS):
-            group = [(first, second) for first, second in pairs[start : start + _GROUP_TEXTS]]
+        for taken in self._groups(["".join(pair) for pair in pairs], name="pairs"):
+            group = [(first, second) for first, second in pairs[taken]]
             encodings = self._whole.encode_batch_fast(group)
-            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), start):
+            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), taken.start):
                 length = len(encoding.ids)
                 if length > self.max_length and self.truncation != "error":
                     encoding = self._tokenizer.encode(*pair)  # again: what is cut off a pair cannot be counted after
@@ -151,7 +165,30 @@ class TextTokenizer:
                 tokens.append(TokenizedText(self._convert(encoding, index, name="pairs").input_ids, dropped))
         return tokens
 
-    @property
+    def check_tokens(self, tokens: Sequence[TokenizedText]) -> None:
+        """Refuse everything but what `encode` can have made: an id out of range would be another token's, or nobody's.
+
+        Raises:
+            InputError: naming the first bad item.
+        """
+        if not isinstance(tokens, Sequence):
+            raise InputError(f"tokens must be a list of TokenizedText, not {type(tokens).__name__}: see tokenize")
+        for index, text in enumerate(tokens):
+            if not isinstance(text, TokenizedText):
+                raise InputError(f"tokens[{index}] must be a TokenizedText, not {type(text).__name__}: see tokenize")
+            ids = np.asarray(text.input_ids)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 1 <= len(ids) <= self.max_length:
+                raise InputError(
+                    f"tokens[{index}] must hold 1 to {self.max_length} ids on one axis, not {ids.dtype} of shape "
+                    f"{ids.shape}: see tokenize"
+                )
+            if ids.min() < 0 or ids.max() >= self.vocab_size:
+                raise InputError(
+                    f"tokens[{index}] must hold ids from 0 to {self.vocab_size - 1}, not from {ids.min()} to "
+                    f"{ids.max()}: tokenize with this same embedder"
+                )
+
+    @cached_property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -166,6 +203,21 @@ class TextTokenizer:
         """The text of one token, as it reads: without what marks the start of a word."""
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
+
+    def _groups(self, texts: Sequence[str], first: int = 0, *, name: str = "texts") -> Iterator[slice]:
+        """Texts to be tokenized at once. What one that is long has taken goes back to the system after it."""
+        if self._room is not None:
+            for index, text in enumerate(texts, first):
+                size = len(text if text.isascii() else text.encode())
+                if (need := size * _BYTES_PER_BYTE) > self._room:
+                    raise TextTooLong(
+                        f"{name}[{index}] has {size} bytes, and tokenizing it may take {in_gb(need)}; max_memory "
+                        f"leaves {in_gb(self._room)}: raise it, or split the text"
+                    )
+        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=self._group_characters):
+            yield group
+            if sum(map(len, texts[group])) > _GROUP_CHARACTERS:
+                return_free_memory()
 
     @cached_property
     def _whole(self) -> Tokenizer:
@@ -198,24 +250,49 @@ def slices(texts: Sequence[str], *, max_texts: int, max_characters: int) -> Iter
         yield slice(start, len(texts))
 
 
-def _spans(encoding: Encoding, prefix: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _spans(encoding: Encoding, text: str, prefix: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """`SpannedText.spans` and `.starts_word`, of a text after `prefix` characters of something else."""
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - prefix
     spans = np.maximum(spans, 0)  # a token may begin in the prompt and end in the text
+    if not text.isascii():
+        spans[:, 1] = _behind_marks(text, spans)
     foreign = np.array(encoding.special_tokens_mask, dtype=bool) | (spans[:, 1] <= spans[:, 0])
     spans[foreign] = -1
     words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
     return spans, foreign | (words != np.concatenate([[-2], words[:-1]]))
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Refuse everything but a sequence of valid Unicode strings, naming the first bad item. Raises InputError."""
+def _behind_marks(text: str, spans: NDArray[np.int64]) -> list[int]:
+    """Where tokens end: behind the marks that a normalizer joined to their last letter, which offsets leave out."""
+    begins = set(spans[:, 0].tolist())
+    ends = {}
+    for end in set(spans[:, 1].tolist()):
+        stop = end
+        while 0 < stop < len(text) and stop not in begins and _joins_letter(text[stop]):
+            stop += 1
+        ends[end] = stop
+    return [ends[end] for end in spans[:, 1].tolist()]
+
+
+def _joins_letter(character: str) -> bool:
+    """Accents and their like, and the vowels and finals of Korean syllables written letter by letter."""
+    return unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts in a list of their own; refuses everything but a sequence of valid Unicode strings.
+
+    Raises:
+        InputError: naming the first bad item.
+    """
     if isinstance(texts, str):
         raise InputError("texts must be a list of str, not one str: pass [text]")
     if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray | memoryview):
         raise InputError(f"texts must be a list of str, not {type(texts).__name__}: pass list(texts)")
+    texts = list(texts)  # a caller's thread may change its own
     for index, text in enumerate(texts):
         _check_text(f"texts[{index}]", text)
+    return texts
 
 
 def check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
