@@ -1,8 +1,8 @@
 """The graph files of an export, one per variant, built and not yet verified on the grid.
 
 All start from one checkpoint. There is a trace for fp32, one for fp16 and one for bf16, whose islands are chosen in
-torch; each is lowered for every target. Integers are made from the portable fp32 file, those for TensorRT from its fp16
-ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
+torch; each is lowered for every target. Integers are made from the fp32 file of their target, those for TensorRT from
+its fp16 ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ class Builder:
         if variant.precision == "int8":
             return quantize(graph, self.source.config, kept=kept, levels=self.levels)
         bits: Bits = 4 if variant.precision == "int4-weights" else 8
-        return quantize_weights(graph, self.source.config, bits=bits, kept=kept)
+        return quantize_weights(
+            graph, self.source.config, bits=bits, kept=kept, whole_blocks=variant.target == "openvino"
+        )
 
     def _quantized_for_tensorrt(
         self, variants: Sequence[Variant], built: Mapping[Variant, Built]

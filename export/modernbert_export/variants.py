@@ -20,16 +20,18 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "ort-cuda": ("ort-cuda",),
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
-# Those that are made from the portable fp32 file: `int8` quantises what comes in as well, the others weights alone.
+# Those that are made from the fp32 file of their target: `int8` quantises what comes in as well, the others weights
+# alone.
 INTEGERS = ("int8", "int8-weights", "int4-weights")
 # Those that must prove themselves on text.
 QUANTISED = (*INTEGERS, *MODES)
 # Precisions by the same, the one first that is taken when none is named. Integers are for CPUs, where ONNX Runtime has
-# kernels for them. bf16 is for GPUs: those kernels have next to none for it. ONNX Runtime's MultiHeadAttention takes it
-# on CUDA since pull request 26083 (September 2025).
+# kernels for them; OpenVINO runs `int8` as slowly as fp32, and has kernels for `int8-weights`. bf16 is for GPUs: those
+# kernels have next to none for it. ONNX Runtime's MultiHeadAttention takes it on CUDA since pull request 26083
+# (September 2025).
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", *INTEGERS),
-    "openvino": ("fp32",),
+    "openvino": ("fp32", "int8-weights"),
     "ort-cuda": ("fp32", "fp16", "bf16"),
     "tensorrt": ("fp16", "bf16", *MODES),
 }
