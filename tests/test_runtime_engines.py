@@ -135,10 +135,6 @@ def test_auto_takes_openvino_for_an_artifact_of_its_own(
     assert "(the bundle has no artifact for openvino in int8), onnx/model.onnx, target portable" in loaded(
         caplog, other, precision="int8"
     )
-    named = OpenVinoEngine(
-        root / "onnx/model.onnx", output="sentence_embedding", options={"INFERENCE_PRECISION_HINT": "bf16"}
-    )
-    assert named.name == "openvino (CPU, bf16)"
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert "onnxruntime (CPUExecutionProvider) (openvino is not installed)" in loaded(caplog, both)
     with pytest.raises(EngineError, match=r'pip install "modernbert-deploy\[openvino\]"'):

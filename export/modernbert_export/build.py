@@ -1,8 +1,8 @@
 """The graph files of an export, one per variant, built and not yet verified on the grid.
 
 All start from one checkpoint. There is a trace for fp32, one for fp16 and one for bf16, whose islands are chosen in
-torch; each is lowered for every target. Integers are made from the portable fp32 file, those for TensorRT from its fp16
-ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
+torch; each is lowered for every target. Integers are made from the fp32 file of their target, those for TensorRT from
+its fp16 ones. Graphs of one precision share a file of weights, but for `INTEGERS`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from modernbert.errors import ParityError
+from modernbert_export.contents import PROBES
 from modernbert_export.lower import lower
 from modernbert_export.on_text import Fidelity, OnText
 from modernbert_export.only_token import add_only_token, has_only_token
@@ -49,7 +50,7 @@ def _shared_weights(folder: Path, variants: Sequence[Variant]) -> SharedWeights 
 
     It has the name that goes with the portable graph if there is one: transformers.js looks for it.
     """
-    if len(variants) < 2 and all(variant.precision in HALVES for variant in variants):
+    if len(variants) < 2 and all(variant.stored in HALVES for variant in variants):
         return None
     named_by = min(variants, key=lambda variant: variant.listed_as != "portable")
     return SharedWeights(folder / f"{named_by.file}_data")
@@ -100,7 +101,7 @@ class Builder:
         Raises:
             ParityError: integers lose too much on the text, however many layers are kept finer.
         """
-        wanted = {name: [v for v in variants if v.precision == name] for name in ("fp32", *HALVES)}
+        wanted = {name: [v for v in variants if v.stored == name] for name in ("fp32", *HALVES)}
         precisions = {variant.precision for variant in variants}
         choices: list[LinearChoice] = []
         errors: dict[str, dict[str, float]] = {}
@@ -115,7 +116,7 @@ class Builder:
         weights = _shared_weights(self.directory, wanted["fp32"])
         for packed in (False, True):
             fp32, integers = (
-                [v for v in variants if v.precision in names and v.packed == packed] for names in (("fp32",), INTEGERS)
+                [v for v in variants if v.stored in names and v.packed == packed] for names in (("fp32",), INTEGERS)
             )
             if not fp32 and not integers:
                 continue
@@ -159,7 +160,12 @@ class Builder:
         built = {}
         for variant in variants:
             self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
-            graph = lower(traced.clone(), variant.target, inline=not self.keep_functions)
+            graph = lower(
+                traced.clone(),
+                variant.target,
+                inline=not self.keep_functions,
+                table_length=max(self.source.max_length, *PROBES) if variant.in_openvino else None,
+            )
             if has_only_token(self.source.task, variant.target, with_globals=self.source.config.num_global_tokens > 0):
                 add_only_token(graph)
             file = folder / variant.file
@@ -204,7 +210,9 @@ class Builder:
         if variant.precision == "int8":
             return quantize(graph, self.source.config, kept=kept, levels=self.levels)
         bits: Bits = 4 if variant.precision == "int4-weights" else 8
-        return quantize_weights(graph, self.source.config, bits=bits, kept=kept)
+        return quantize_weights(
+            graph, self.source.config, bits=bits, kept=kept, whole_blocks=variant.target == "openvino"
+        )
 
     def _quantized_for_tensorrt(
         self, variants: Sequence[Variant], built: Mapping[Variant, Built]

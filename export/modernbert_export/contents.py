@@ -84,18 +84,20 @@ class Contents:
         return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
-def read_contents(file: Path, *, quadratic: bool = False) -> Contents:
+def read_contents(file: Path, *, quadratic: bool = False, stored_tables: bool = False) -> Contents:
     """Reads and probes a saved graph.
 
     Args:
         file: the graph, its weights beside it.
         quadratic: whether values may grow with the square of the length, for engines that fuse them away.
+        stored_tables: whether rotary tables are stored; see `constant_tables`.
 
     Raises:
-        ParityError: a value does so unasked, or rotary tables are stored and not computed.
+        ParityError: a value does so unasked, or rotary tables are stored unasked and not computed.
     """
     proto = onnx.load(file, load_external_data=False)
-    _check_rotary(proto.graph, file.name)
+    if not stored_tables:
+        _check_rotary(proto.graph, file.name)
     probes = [_probe(file, proto, tokens) for tokens in PROBES]
     names = probes[0].bytes_of.keys()
     for name in names:

@@ -26,6 +26,7 @@ from modernbert_export.contents import Contents, read_contents
 from modernbert_export.lower import TargetForm
 from modernbert_export.on_text import OnText
 from modernbert_export.only_token import ONLY_TOKEN
+from modernbert_export.openvino_session import require_bf16
 from modernbert_export.ops.op import OPSET
 from modernbert_export.packed import PACKED_INPUTS, check_packable
 from modernbert_export.parity import ParityReport
@@ -112,6 +113,8 @@ def export(
             "int8 without reduce_range cannot be proven here: this CPU has no VNNI, without which products of 8 bits "
             "overflow. Leave the option out, or export where there is VNNI"
         )
+    if any(variant.in_openvino for variant in variants):
+        require_bf16("export")
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
     if packed:
@@ -159,7 +162,9 @@ def export(
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
-                one = dataclasses.replace(one, text=on_text.compare(one.file, progress))
+                one = dataclasses.replace(
+                    one, text=on_text.compare(one.file, progress, in_openvino=one.variant.in_openvino)
+                )
             artifacts.append(_prove(one, source, references, partial, progress))
         del references
         reports = [artifact.report for artifact in artifacts]
@@ -223,6 +228,7 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
             normalize=source.normalize,
             max_length=max_length,
             references=references,
+            in_openvino=built.variant.in_openvino,
             progress=progress,
         )
     else:
@@ -233,6 +239,7 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
             precision=built.variant.precision,
             task=source.task,
             max_length=max_length,
+            in_openvino=built.variant.in_openvino,
             progress=progress,
         )
     report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=(*report.notes, *built.notes))
@@ -244,7 +251,9 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
         file=name,
         data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
         report=report,
-        contents=read_contents(built.file, quadratic=built.variant.form.quadratic),
+        contents=read_contents(
+            built.file, quadratic=built.variant.form.quadratic, stored_tables=built.variant.in_openvino
+        ),
     )
 
 

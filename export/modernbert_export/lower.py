@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
+from modernbert_export.constant_tables import ConstantTablesPass
 from modernbert_export.ops import OPS
 from modernbert_export.ops.op import MICROSOFT, OPSET, Target
 from modernbert_export.precision.weight_only import OPSET as BLOCKS_OPSET
@@ -62,8 +63,10 @@ def form_of(target: Target, precision: str) -> TargetForm:
     return dataclasses.replace(form, opset=max(form.opset, BLOCKS_OPSET)) if precision.endswith("-weights") else form
 
 
-def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
+def lower(model: ir.Model, target: Target, *, inline: bool = True, table_length: int | None = None) -> ir.Model:
     """Lowers a traced model for a target, in place.
+
+    `table_length` makes the rotary tables constants of so many positions; see `constant_tables`.
 
     Raises:
         AssertionError: a node is left that has no body, or is of a domain the target does not have: a fault of ours.
@@ -85,6 +88,8 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True) -> ir.Model:
     common.RemoveUnusedNodesPass()(model)
     _merge_equal(model)
     optimizer.optimize(model, inline=False, output_size_limit=FOLD_LIMIT)
+    if table_length is not None:
+        ConstantTablesPass(table_length)(model)
     SharedShapePass()(model)
     _merge_equal(model)
     for rewrite in form.passes:

@@ -1,23 +1,30 @@
-"""ONNX Runtime on the CPU as a referee runs it: default settings, and inner values on request."""
+"""Engines on the CPU as a referee runs them: ONNX Runtime, and OpenVINO for what it alone computes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 import onnxruntime
 
+from modernbert_export.openvino_session import OpenVinoSession
 from modernbert_export.packed_session import PackedSession, is_packed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
 
+Session: TypeAlias = onnxruntime.InferenceSession | PackedSession | OpenVinoSession
 
-def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> onnxruntime.InferenceSession | PackedSession:
+
+def open_session(onnx_file: Path, *, also_output: Sequence[str] = (), in_openvino: bool = False) -> Session:
     """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too.
 
-    It takes padded batches, whatever the graph's form; one with bf16 runs as `bf16_on_cpu` has it.
+    It takes padded batches, whatever the graph's form; one with bf16 runs as `bf16_on_cpu` has it. `in_openvino` is for
+    graphs that OpenVINO runs in bf16.
     """
+    if in_openvino:
+        return OpenVinoSession(onnx_file, also_output)
     proto = onnx.load(onnx_file, load_external_data=False)
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(

@@ -20,16 +20,18 @@ LOWERINGS: Mapping[str, tuple[Target, ...]] = {
     "ort-cuda": ("ort-cuda",),
     "tensorrt": ("tensorrt", "tensorrt-dense"),
 }
-# Those that are made from the portable fp32 file: `int8` quantises what comes in as well, the others weights alone.
+# Those that are made from the fp32 file of their target: `int8` quantises what comes in as well, the others weights
+# alone.
 INTEGERS = ("int8", "int8-weights", "int4-weights")
 # Those that must prove themselves on text.
 QUANTISED = (*INTEGERS, *MODES)
 # Precisions by the same, the one first that is taken when none is named. Integers are for CPUs, where ONNX Runtime has
-# kernels for them. bf16 is for GPUs: those kernels have next to none for it. ONNX Runtime's MultiHeadAttention takes it
+# kernels for them; OpenVINO runs `int8` as slowly as fp32, and has kernels for `int8-weights`. bf16 is for GPUs, and in
+# OpenVINO for CPUs that have it: ONNX Runtime's CPU kernels have next to none for it. Its MultiHeadAttention takes it
 # on CUDA since pull request 26083 (September 2025).
 SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "portable": ("fp32", "fp16", *INTEGERS),
-    "openvino": ("fp32",),
+    "openvino": ("fp32", "bf16", "int8-weights"),
     "ort-cuda": ("fp32", "fp16", "bf16"),
     "tensorrt": ("fp16", "bf16", *MODES),
 }
@@ -65,6 +67,16 @@ class Variant:
         return name if self.listed_as == "portable" else name.replace("model", f"model_{self.listed_as}", 1)
 
     @property
+    def stored(self) -> str:
+        """Precision of the numbers in its file: OpenVINO takes fp32 ones and computes in bf16 by itself."""
+        return "fp32" if self.in_openvino else self.precision
+
+    @property
+    def in_openvino(self) -> bool:
+        """See `proven_in_openvino`."""
+        return proven_in_openvino(self.target, self.precision)
+
+    @property
     def listed_as(self) -> str:
         """Its target in the manifest, where whoever wants padded graphs does not find packed ones."""
         return PACKED if self.packed else self.target
@@ -78,6 +90,11 @@ class Variant:
     def max_length(self) -> int | None:
         """Most tokens that it is for, where that is less than the model takes."""
         return DENSE_LENGTH if self.target == "tensorrt-dense" else None
+
+
+def proven_in_openvino(target: str, precision: str) -> bool:
+    """Whether an artifact is compared as OpenVINO computes it, on a CPU that can; all others as ONNX Runtime does."""
+    return (target, precision) == ("openvino", "bf16")
 
 
 def split_targets(targets: Sequence[str]) -> tuple[list[str], bool]:

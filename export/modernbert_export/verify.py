@@ -1,4 +1,4 @@
-"""Parity: what ONNX Runtime computes from an exported file against PyTorch, on shapes that catch the usual mistakes.
+"""Parity: what an exported file computes in ONNX Runtime against PyTorch, on shapes that catch the usual mistakes.
 
 Lengths lie on both sides of the window's edge and of a block's; batches are unpadded, padded right, and padded left
 with one row of nothing but padding. `references` says what they are compared with.
@@ -21,6 +21,7 @@ from modernbert.errors import InputError
 from modernbert.model import load_model
 from modernbert_export.head_parity import cases_for, compare_logits
 from modernbert_export.on_text import OnText
+from modernbert_export.openvino_session import require_bf16
 from modernbert_export.packed_session import PackedSession, packed_feed
 from modernbert_export.parity import Case, Comparison, ParityReport, Tolerance
 from modernbert_export.references import TRANSFORMERS, References, compute_references
@@ -29,7 +30,7 @@ from modernbert_export.source import mask_token, open_source
 from modernbert_export.tasks import EMBEDDING, FILL_MASK, LOGITS, TASKS, load_for_task
 from modernbert_export.texts import MOST_TOKENS, TextSet
 from modernbert_export.trace import OUTPUTS
-from modernbert_export.variants import QUANTISED
+from modernbert_export.variants import QUANTISED, proven_in_openvino
 from modernbert_runtime.bundle import Bundle
 
 Array = NDArray[Any]
@@ -66,6 +67,7 @@ def verify(
     normalize: bool,
     max_length: int,
     references: References | None = None,
+    in_openvino: bool = False,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """Compares an ONNX file with the checkpoint that it should compute.
@@ -79,11 +81,12 @@ def verify(
         normalize: whether it has unit length.
         max_length: longest input to compare on.
         references: what `compute_references` gave for this checkpoint and grid, if another artifact needed it too.
+        in_openvino: as `open_session` takes it.
         progress: is told what is being done, in a few words.
     """
     if references is None:
         references = compute_references(reference, fidelity_grid(load_config(reference), max_length), progress)
-    session = open_session(onnx_file)
+    session = open_session(onnx_file, in_openvino=in_openvino)
     rows = []
     cases = [case for case in references.cases if case.length <= max_length]
     for index, case in enumerate(cases):
@@ -101,7 +104,7 @@ def verify(
     rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
     notes = () if TRANSFORMERS in references.hidden else (NO_SECOND,)
     report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows), notes=notes)
-    return _with_first_difference(report, onnx_file, reference)
+    return _with_first_difference(report, onnx_file, reference, in_openvino)
 
 
 def _compare_mixes(
@@ -128,11 +131,11 @@ def _compare_mixes(
     return rows
 
 
-def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path) -> ParityReport:
+def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path, in_openvino: bool) -> ParityReport:
     if not report.failures:
         return report
     worst = max(report.failures, key=lambda row: (np.isnan(row.max_abs_error), row.max_abs_error))
-    difference = first_difference(onnx_file, reference, worst.case, report.tolerance)
+    difference = first_difference(onnx_file, reference, worst.case, report.tolerance, in_openvino=in_openvino)
     return dataclasses.replace(report, first_difference=difference)
 
 
@@ -144,18 +147,19 @@ def verify_head(
     precision: str,
     task: str,
     max_length: int,
+    in_openvino: bool = False,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """As `verify`, of a graph that gives `logits`; see `head_parity` for how these are compared.
 
     Args:
-        onnx_file, reference, artifact, precision, max_length, progress: as for `verify`.
+        onnx_file, reference, artifact, precision, max_length, in_openvino, progress: as for `verify`.
         task: one of `tasks.TASKS`.
     """
     config = load_config(reference)
     grid = fidelity_grid(config, max_length)
     cases = cases_for(TASKS[task], config, grid)
-    session = open_session(onnx_file)
+    session = open_session(onnx_file, in_openvino=in_openvino)
 
     def run(feed: dict[str, Array]) -> Array:
         logits: Array = session.run([LOGITS], feed)[0]
@@ -174,7 +178,7 @@ def verify_head(
             *((NO_SECOND,) if config.num_global_tokens else ()),
         ),
     )
-    return _with_first_difference(report, onnx_file, reference)
+    return _with_first_difference(report, onnx_file, reference, in_openvino)
 
 
 def verify_bundle(
@@ -194,10 +198,12 @@ def verify_bundle(
 
     Raises:
         BundleError: the bundle is not whole and unaltered.
-        InputError: the reference or the text cannot be loaded.
+        InputError: the reference or the text cannot be loaded, or this CPU lacks what an artifact needs.
     """
     bundle = Bundle.open(directory)
     manifest = bundle.manifest
+    if any(proven_in_openvino(artifact.target, artifact.precision) for artifact in manifest.artifacts):
+        require_bf16("verify")
     if reference is None:
         checkpoint = bundle.root
         for name in manifest.files:
@@ -230,6 +236,7 @@ def verify_bundle(
     reports = []
     for artifact in manifest.artifacts:
         file = bundle.onnx_path(artifact)
+        in_openvino = proven_in_openvino(artifact.target, artifact.precision)
         if references is None:
             report = verify_head(
                 file,
@@ -238,6 +245,7 @@ def verify_bundle(
                 precision=artifact.precision,
                 task=manifest.task,
                 max_length=manifest.max_length,
+                in_openvino=in_openvino,
                 progress=progress,
             )
         else:
@@ -250,22 +258,25 @@ def verify_bundle(
                 normalize=manifest.normalize,
                 max_length=artifact.max_length or manifest.max_length,
                 references=references,
+                in_openvino=in_openvino,
                 progress=progress,
             )
         if on_text is not None and (text is not None or artifact.precision in QUANTISED):
-            report = dataclasses.replace(report, text=on_text.compare(file, progress))
+            report = dataclasses.replace(report, text=on_text.compare(file, progress, in_openvino=in_openvino))
         reports.append(report)
     return reports
 
 
 @torch.no_grad()
-def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: Tolerance) -> str:
+def first_difference(
+    onnx_file: Path, reference: Path, case: Case, tolerance: Tolerance, *, in_openvino: bool = False
+) -> str:
     """Names the first layer whose output differs from a float64 model's by more than the tolerance."""
     model = load_model(reference).double()
     model.set_attention("eager")
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
-    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]])
+    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]], in_openvino=in_openvino)
     values = session.run([*names, OUTPUTS[0]], feed)
     tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
     wanted = model(**tensors, output_hidden_states=True).hidden_states

@@ -76,7 +76,9 @@ def open_engine(
         opened, artifact = open_plans(bundle, output=output, precision=precision, options=options, found=chosen.plans)
     elif chosen.engine == "openvino":
         artifact = _artifact(bundle, ("openvino", "portable"), precision)
-        opened = OpenVinoEngine(bundle.onnx_path(artifact), output=output, threads=threads, options=options)
+        opened = OpenVinoEngine(
+            bundle.onnx_path(artifact), output=output, precision=artifact.precision, threads=threads, options=options
+        )
     else:
         names = provider_names(chosen.providers)
         artifact = _onnxruntime_artifact(bundle, names, precision, packed)

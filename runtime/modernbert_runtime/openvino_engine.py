@@ -1,13 +1,18 @@
 """The OpenVINO engine. Imports openvino when one is made, not before.
 
 Left alone, OpenVINO computes in bfloat16 on CPUs that have it, and says nothing. Here it computes in fp32, for two
-reasons, seen with 2026.4. In bfloat16 its rotary angles cannot count beyond 256, which loses the positions of a text
-(cosines of 0.995 at 512 tokens). And portable graphs then give NaN now and then in the first run after
+reasons, seen with 2026.4. In bfloat16 it cannot count beyond 256 when it makes rotary angles, which loses the positions
+of a text (cosines of 0.995 at 512 tokens). And portable graphs then give NaN now and then in the first run after
 `release_memory`, which hands memory back here: in 18 of 1,069 runs, more with fresh memory that is filled with NaN, so
 it reads what nothing has written. In fp32 there was none, nor with the graph lowered for OpenVINO.
+
+Artifacts of precision bf16 are lowered for it, with the angles' cosines and sines as constants, and proven in bfloat16:
+those it computes so, where the CPU can. Weights in 8 bits (`int8-weights`) stay integers in memory; CPUs with VNNI
+round the inputs of linear layers to 8 bits too (DYNAMIC_QUANTIZATION_GROUP_SIZE, 0 for not).
 """
 
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Iterator, Mapping
@@ -22,6 +27,10 @@ from modernbert_runtime.errors import EngineError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
 from modernbert_runtime.spikes import Spikes
 
+logger = logging.getLogger(__name__)
+
+_NAMES = {"f32": "fp32", "f16": "fp16"}
+
 
 class OpenVinoEngine:
     """Runs an ONNX model with the inputs `input_ids` and `attention_mask` on the CPU.
@@ -29,6 +38,7 @@ class OpenVinoEngine:
     Args:
         path: the .onnx file; external weights lie beside it.
         output: name of the output that `run` returns unless asked for another.
+        precision: of the artifact; "bf16" computes in bfloat16 where the CPU has it, all others in fp32.
         threads: None leaves it to OpenVINO (all physical cores), except that a container's CPU limit is kept.
         options: OpenVINO's properties by their names, such as {"NUM_STREAMS": "2"}, {"ENABLE_CPU_PINNING": "NO"} or
             {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}.
@@ -43,6 +53,7 @@ class OpenVinoEngine:
         path: str | Path,
         *,
         output: str,
+        precision: str = "fp32",
         threads: int | None = None,
         options: Mapping[str, str] | None = None,
     ) -> None:
@@ -55,7 +66,7 @@ class OpenVinoEngine:
                 f'openvino cannot be imported ({one_line(error)}): pip install "modernbert-deploy[openvino]"'
             ) from error
         properties = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on all cores: batches are planned here already
             **dict(options or {}),
         }
@@ -83,8 +94,11 @@ class OpenVinoEngine:
         self._change = threading.Condition()  # of the two below
         self._running = 0
         self._let_go = False  # of the memory, once nothing runs
-        hint = properties["INFERENCE_PRECISION_HINT"]
-        self.name = f"openvino (CPU, {'fp32' if hint == 'f32' else hint})"
+        used = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        used = _NAMES.get(used, used)
+        self.name = f"openvino (CPU, {used})"
+        if properties["INFERENCE_PRECISION_HINT"] == "bf16" != used:
+            logger.warning("%s: openvino computes in %s, for this CPU has no bf16", Path(path).name, used)
 
     def run(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], output: str | None = None

@@ -85,12 +85,17 @@ def matrix_rate(shapes: Sequence[tuple[int, int]], *, rows: int = 1024, seconds:
 
 def main(bundle: str, options: str) -> None:
     """Be the worker of an engine and a precision of a bundle."""
-    from modernbert_runtime.errors import ModernBertRuntimeError
+    from modernbert_runtime.errors import EngineError, ModernBertRuntimeError
 
     def load() -> Embed:
         from modernbert_runtime.embedder import Embedder
 
-        return Embedder.load(bundle, **json.loads(options)).embed
+        wanted = json.loads(options)
+        embedder = Embedder.load(bundle, **wanted)
+        name = embedder._runner.engine.name
+        if wanted["precision"] == "bf16" and name == "openvino (CPU, fp32)":
+            raise EngineError(f"this CPU has no bf16: it would be {name}")
+        return embedder.embed
 
     serve(load, ModernBertRuntimeError)
 
