@@ -145,12 +145,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
         finetune(checkpoint, tuples(19), tmp_path / "out", **settings, resume=True)
     (left / "partial" / "checkpoint-8").mkdir(parents=True)  # as a process killed while saving leaves it
     (tmp_path / ".out.a1b2c3.partial").mkdir()  # and what it began with
+    (tmp_path / ".out.2.d4e5f6.partial").mkdir()  # another run's, whose output is called "out.2"
 
     got = finetune(checkpoint, tuples(20), tmp_path / "out", **settings, resume=True)
     assert got.losses == want.losses
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.2.d4e5f6.partial", "out", "whole"]
 
 
 def test_pooling_and_prompts_are_kept_by_stock_tools_and_the_export(checkpoint: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ OUT.run/diverged.json     the documents, or rows of pairs, of the batch whose lo
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
 import re
@@ -59,8 +58,9 @@ class RunDirectory:
             if resume:
                 self._require_same(settings)
                 # What a process left that was killed while it wrote, or before it could write.
-                half = self.out.absolute().parent.glob(f".{glob.escape(self.out.name)}.*.partial")
-                for left in (self.partial, *half):
+                half = re.compile(rf"\.{re.escape(self.out.name)}\.[^.]+\.partial")  # of this output, not of "OUT.2"
+                beside = (path for path in self.out.absolute().parent.iterdir() if half.fullmatch(path.name))
+                for left in (self.partial, *beside):
                     shutil.rmtree(left, ignore_errors=True)
             else:
                 self._make(settings)
