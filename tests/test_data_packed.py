@@ -59,6 +59,15 @@ def test_every_piece_is_in_one_bin_and_no_bin_overflows(lengths: list[int]) -> N
     assert sum(2 * sum(lengths[index] for index in chosen) <= 64 for chosen in bins) <= 1
 
 
+@pytest.mark.parametrize("capacity", [1024, 8192])
+def test_documents_of_all_lengths_fill_98_percent_of_long_contexts(capacity: int) -> None:
+    # As web pages are: a median of 300 tokens and a long tail. The last bins of a corpus are not full; here are many.
+    documents = np.random.default_rng(0).lognormal(np.log(300), 1.0, 5000).astype(int) + 3
+    lengths = [min(length - start, capacity) for length in documents for start in range(0, length, capacity)]
+    bins = best_fit(lengths, capacity)
+    assert sum(lengths) / (capacity * len(bins)) >= 0.98
+
+
 def test_best_fit_takes_the_fullest_bin_that_has_room() -> None:
     # 6 and 5 open bins; 4 fits both and completes the first, 3 goes to the second, where first-fit-by-room would not.
     assert best_fit([3, 5, 4, 6], 10) == [[3, 2], [1, 0]]
