@@ -216,7 +216,10 @@ class Session(onnxruntime.InferenceSession):
 
     asked: list[list[tuple[str, dict[str, str]]]]
 
-    def __init__(self, path: str, settings: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+    def __init__(
+        self, path: str, settings: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int
+    ) -> None:
+        assert not enable_fallback  # to other providers, which ONNX Runtime would print to stdout
         self.asked.append(providers)
         super().__init__(path, settings, providers=[CPU])
 

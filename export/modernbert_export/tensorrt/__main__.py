@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from modernbert.errors import InputError
 from modernbert_export.tensorrt.build import plan_bundle
@@ -12,9 +13,16 @@ from modernbert_runtime.errors import ModernBertRuntimeError
 from modernbert_runtime.memory import parse_bytes
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with its arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{' '.join(self.format_usage().split())}: {message}\n")
+
+
 def main(arguments: list[str]) -> int:
     """Exit code: 0, 2 with one line that says what is wrong, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m modernbert_export.tensorrt", description=__doc__)
+    parser = _OneLineParser(prog="python -m modernbert_export.tensorrt", description=__doc__)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory that `modernbert export` wrote")
     parser.add_argument("--workspace", help="most scratch memory of the GPU, such as 4GB; default: TensorRT's choice")
     options = parser.parse_args(arguments)
