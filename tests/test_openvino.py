@@ -41,10 +41,11 @@ from modernbert_export.verify import first_difference, verify_bundle
 from modernbert_runtime import Embedder
 from modernbert_runtime.bench.candidates import own_candidates
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.openvino_core import openvino_core
 
 openvino = pytest.importorskip("openvino", reason="needs OpenVINO: pip install 'modernbert-deploy[openvino]'")
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bfloat16")
 LAYERS = 2
 # Multiples of a block of 32, as in every model that people use. `TINY` has none.
@@ -75,7 +76,7 @@ def every(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compiled(file: Path) -> Any:
-    return openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def weight_types(model: Any) -> collections.Counter[str]:
@@ -217,7 +218,7 @@ def test_openvino_computes_in_bf16(every: Path, wide: Path) -> None:
     """The gate did it already: this looks at what it wrote, against another reference."""
     (report,) = (x for x in json.loads((every / "parity.json").read_text())["artifacts"] if x["precision"] == "bf16")
     assert report["passed"]
-    model = openvino.Core().compile_model(
+    model = openvino_core().compile_model(
         every / "onnx/model_openvino_bf16.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
     )
     got, want = hidden_states(model, wide)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -200,6 +201,29 @@ def test_bound_inputs_and_outputs_give_the_same(root: Path) -> None:
     mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=np.int64)
     for output in (None, "last_hidden_state"):
         np.testing.assert_array_equal(bound.run(ids, mask, output=output), plain.run(ids, mask, output=output))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at signals as Linux has them")
+def test_openvino_leaves_a_stack_for_signal_handlers(openvino: Any, root: Path) -> None:
+    """A process that had its engines in any order and thread hears of its children, and goes on."""
+    script = """
+import gc, signal, subprocess, sys, threading
+from modernbert_runtime import Embedder
+signal.signal(signal.SIGCHLD, lambda *_: print("heard"))
+def load(): return Embedder.load(sys.argv[1], engine="openvino", threads=1)
+first, second = load(), load()
+first.close()
+del first
+thread = threading.Thread(target=second.close)
+thread.start(), thread.join()
+del second, thread
+gc.collect()
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script, root], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("heard\n")
 
 
 # The machine

@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from modernbert.errors import InputError
+from modernbert_runtime.openvino_core import openvino_core
 
 Array = NDArray[Any]
 
@@ -28,13 +29,13 @@ def require_bf16(to: str) -> None:
         InputError: openvino is not installed, or the CPU has no bfloat16.
     """
     try:
-        import openvino
+        core = openvino_core()
     except ImportError as error:
         raise InputError(
             "openvino is not installed, which is needed to prove openvino bf16: "
             'pip install "modernbert-deploy[openvino]"'
         ) from error
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise InputError(f"this CPU has no bfloat16, which is needed to prove openvino bf16: {to} on one that has")
 
 
@@ -52,9 +53,7 @@ class OpenVinoSession:
     """
 
     def __init__(self, onnx_file: Path, also_output: Sequence[str] = ()) -> None:
-        import openvino
-
-        core = openvino.Core()
+        core = openvino_core()
         model = core.read_model(os.fspath(onnx_file))
         present = {name for output in model.outputs for name in output.names}
         model.add_outputs([name for name in also_output if name not in present])

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from modernbert_runtime.arguments import check_count
 from modernbert_runtime.errors import EngineError, one_line
 from modernbert_runtime.machine import return_free_memory, usable_threads
+from modernbert_runtime.openvino_core import openvino_core
 from modernbert_runtime.spikes import Spikes
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class OpenVinoEngine:
         if threads is not None:
             check_count("threads", threads, remedy=": pass None to let OpenVINO choose")
         try:
-            import openvino
+            core = openvino_core()
         except ImportError as error:
             raise EngineError(
                 f'openvino cannot be imported ({one_line(error)}): pip install "modernbert-deploy[openvino]"'
@@ -73,7 +74,6 @@ class OpenVinoEngine:
         if count := threads or usable_threads():
             properties["INFERENCE_NUM_THREADS"] = str(count)
         try:
-            core = openvino.Core()
             model = core.read_model(str(path))
             self._compiled: Any = core.compile_model(model, "CPU", properties)
         except Exception as error:  # openvino raises plain RuntimeError
