@@ -175,7 +175,7 @@ def test_refused_graph_is_a_failure_of_tensorrt(
     def refuse(*_: Any) -> None:
         raise BuildError("TensorRT 11.4 refuses 'tensorrt.onnx'")
 
-    monkeypatch.setattr("modernbert_runtime.tensorrt_engine.load_tensorrt", lambda: None)
+    monkeypatch.setattr("modernbert_runtime.tensorrt_engine.require_tensorrt", lambda: None)
     monkeypatch.setattr("modernbert_export.small_bundle.build_small_plans", refuse)
     code, out, _ = run(capsys, monkeypatch, "--lengths", "65", "--json")
     said = json.loads(out)

@@ -227,7 +227,7 @@ def test_openvino_computes_in_bf16(every: Path, wide: Path) -> None:
 
 def test_engine_says_what_openvino_computes_in(every: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Embedder.load(every, engine="openvino", precision="bf16") as embedder:
-        name, vectors = embedder._runner.engine.name, embedder.embed(TEXTS)
+        name, vectors = embedder.engine, embedder.embed(TEXTS)
     line = "model_openvino_bf16.onnx: openvino computes in fp32, for this CPU has no bf16"
     assert (name, line in caplog.messages) == (
         ("openvino (CPU, bf16)", False) if HAS_BF16 else ("openvino (CPU, fp32)", True)
@@ -246,10 +246,10 @@ def test_first_difference_is_found_in_openvino(every: Path, wide: Path) -> None:
     none = Tolerance(max_abs_error=0.0, min_cosine=1.0, min_pooled_cosine=1.0)
     case = Case(batch=2, length=9, padding="right")
     file = every / "onnx/model_openvino_bf16.onnx"
-    found = first_difference(file, wide, case, none, in_openvino=True)
+    found = first_difference(file, wide, case, none)
     assert found.startswith("the embeddings, max abs error")
     loose = Tolerance(max_abs_error=1.0, min_cosine=0.99, min_pooled_cosine=0.99)
-    found = first_difference(file, wide, case, loose, in_openvino=True)
+    found = first_difference(file, wide, case, loose)
     assert found.startswith("none of the layers; the pooled output")
 
 

@@ -260,8 +260,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, bad: int) -> list[int]:
     found: list[int] = []
     measure = OnText.compare
 
-    def compare(self: OnText, file: Path, progress: Any, **options: Any) -> Any:
-        result = measure(self, file, progress, **options)
+    def compare(self: OnText, file: Path, progress: Any) -> Any:
+        result = measure(self, file, progress)
         nodes = onnx.load(file, load_external_data=False).graph.node
         found.append(sum(node.op_type == "MatMulInteger" for node in nodes))
         return dataclasses.replace(result, top_overlap=0.5) if len(found) <= bad else result

@@ -1,20 +1,21 @@
-"""Every TensorRT and CUDA name, enum and signature that the code uses exists in the real bindings.
+"""The code that calls TensorRT and CUDA is type-checked against the real bindings: names, enums, arguments, results.
 
-The bindings wheel has no libraries in it. Nine C symbols are all that it needs to be imported, so the test builds
-libraries of nothing else; no object can be made, but every class, enum and docstring with its signature is there. What
-10.8 offers is recorded beside this file, for its wheel excludes that of 11.
+The wheel of TensorRT's bindings has no libraries in it. Nine C symbols are all that it needs to be imported, so the
+test builds libraries of nothing else; no object can be made, but every class and signature is there, from which mypy's
+stubgen writes stubs. What 10.8 offers is recorded beside this file, for its wheel excludes that of 11: for it the stubs
+are cut to those names.
 """
 
 import ast
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,6 @@ ENGINE = ROOT / "runtime" / "modernbert_runtime" / "tensorrt_engine.py"
 MEMORY = ROOT / "runtime" / "modernbert_runtime" / "cuda_memory.py"
 BUILD = ROOT / "export" / "modernbert_export" / "tensorrt" / "build.py"
 RECORDED = Path(__file__).parent / "tensorrt_10_8.json"
-# What the names of variables in these files are. A variable of another name is not checked, so the counts below are.
-OBJECTS: dict[Path, dict[str, tuple[str, ...]]] = {
-    BUILD: {
-        "trt": ("",),
-        "builder": ("Builder",),
-        "network": ("INetworkDefinition",),
-        "parser": ("OnnxParser",),
-        "error": ("ParserError",),
-        "config": ("IBuilderConfig",),
-        "profile": ("IOptimizationProfile",),
-        "timing_cache": ("ITimingCache",),
-        "layer": ("ILayer",),  # what get_layer gives, whatever the layer is
-        "boundary": ("IAttentionInputLayer",),
-        "attention": ("IAttention",),
-    },
-    ENGINE: {
-        "trt": ("",),
-        "_runtime": ("Runtime",),
-        "engine": ("ICudaEngine",),
-        "context": ("IExecutionContext",),
-        "inspector": ("EngineInspector",),
-    },
-}
 SYMBOLS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -59,127 +37,180 @@ SYMBOLS = (
     "getNvOnnxParserVersion",
     "initLibNvInferPlugins",
 )
-LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so")
+LIBRARIES = ("libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11")
+# What signatures do not say of the bindings: a pattern, and what takes its place.
+UNSAID = {
+    # They take whatever has __int__; ours are integers, and so is what they pass to a progress monitor.
+    r"typing\.SupportsInt": "int",
+    # Shapes are converted from tuples, and read as sequences.
+    r"(\w+: )Dims(?=[,)])": r"\1Dims | tuple[int, ...]",
+    r"^class Dims:": "class Dims(collections.abc.Sequence[int]):",
+    # Serialized engines and caches are buffers.
+    r"^class IHostMemory:": "class IHostMemory:\n    def __buffer__(self, flags: int) -> memoryview: ...",
+    # The parser's errors, whose type the docstring has and the signature lacks.
+    r"def get_error\(self, \*args, \*\*kwargs\): \.\.\.": "def get_error(self, index: int) -> ParserError: ...",
+}
+PACKAGE = """\
+from typing import Any
+from tensorrt_bindings.tensorrt import *
+__version__: str
+def nptype(trt_type: Any) -> type[Any]: ...
+"""
+# Everything else is Any, which is a matter of seconds.
+SETTINGS = """\
+[mypy]
+strict = True
+explicit_package_bases = True
+warn_return_any = False
+disallow_subclassing_any = False
+disallow_untyped_decorators = False
+ignore_missing_imports = True
+follow_imports = skip
+[mypy-tensorrt.*]
+follow_imports = silent
+[mypy-tensorrt_bindings.*]
+follow_imports = silent
+ignore_errors = True
+"""
+# Each line has one fault; what mypy says of it.
+FAULTS = {
+    "config.set_timing_cache(cache, mismatch=False)": 'Unexpected keyword argument "mismatch"',
+    "config.set_timing_cache(cache)": "Missing positional argument",
+    "config.set_timing_cache(config, ignore_mismatch=False)": "incompatible type",
+    "config.set_memory_pool_limit(trt.BuilderFlag.TF32, 5)": "incompatible type",
+    "config.set_flag(trt.BuilderFlag.FP16)": 'no attribute "FP16"',
+    "engine.device_memory_size": 'no attribute "device_memory_size"',
+    "context.set_input_shape(5, (1, 2))": "No overload variant",
+    "context.execute_async_v3('0')": "incompatible type",
+    "engine.get_tensor_dtype(0)": "incompatible type",
+    "size: str = engine.device_memory_size_v2": "Incompatible types in assignment",
+}
+PLANTED = """\
+import tensorrt as trt
+def faults(
+    config: trt.IBuilderConfig, cache: trt.ITimingCache, engine: trt.ICudaEngine, context: trt.IExecutionContext
+) -> None:
+    """
 
-
-@dataclass(frozen=True)
-class Use:
-    """`owner.name` as the code writes it; with its arguments where it is called."""
-
-    owners: tuple[str, ...]
-    name: str
-    line: int
-    call: tuple[int, tuple[str, ...]] | None
-
-    def __str__(self) -> str:
-        return f"{'|'.join(self.owners) or 'tensorrt'}.{self.name} (line {self.line})"
+Check = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Class -> member -> signatures, "" for the module itself."""
+def bindings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Stubs of the real bindings."""
     if importlib.util.find_spec("tensorrt_bindings") is None:
         pytest.skip("needs the package tensorrt-cu13-bindings, which exists for Linux on x86-64")
     if shutil.which("gcc") is None:
-        pytest.skip("needs gcc, to build stubs of TensorRT's libraries")
-    folder = tmp_path_factory.mktemp("stubs")
+        pytest.skip("needs gcc, to build stand-ins of TensorRT's libraries")
+    folder = tmp_path_factory.mktemp("bindings")
     source = folder / "stub.c"
     source.write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS))
     for library in LIBRARIES:
-        soname = f"{library}.11"
-        subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", folder / soname, source], check=True)
-    script = Path(__file__).with_name("tensorrt_api.py")
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=True)
-    offered = json.loads(done.stdout)
-    assert offered["version"].startswith("11.4.")
-    return offered["api"]
+        build = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", folder / library, source]
+        subprocess.run(build, check=True)
+    environment = {**os.environ, "LD_PRELOAD": ":".join(str(folder / library) for library in LIBRARIES)}
+    for line, wanted in (
+        ("import tensorrt_bindings as trt; print(trt.__version__)", "11.4."),
+        ("from mypy.stubgen import main; main()", "Processed 1 modules"),
+    ):
+        command = [sys.executable, "-c", line, "--inspect-mode", "-m", "tensorrt_bindings.tensorrt", "-o", folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(wanted)
+    text = (folder / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+    for pattern, replacement in UNSAID.items():
+        text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE)
+        assert count, pattern
+    return parsable(text)
 
 
-def uses(path: Path) -> Iterator[Use]:
-    tree = ast.parse(path.read_text())
-    calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute):
-            continue
-        chain = [node.attr]
-        base = node.value
-        while isinstance(base, ast.Attribute) and base.attr not in OBJECTS[path]:
-            chain.insert(0, base.attr)
-            base = base.value
-        variable = base.id if isinstance(base, ast.Name) else base.attr if isinstance(base, ast.Attribute) else ""
-        owners = OBJECTS[path].get(variable)
-        if owners is None or node.attr == "__class__":
-            continue
-        call = calls.get(id(node))
-        shape = None
-        if call is not None:
-            stars = any(isinstance(argument, ast.Starred) for argument in call.args)
-            count = 3 + len(call.args) - 1 if stars else len(call.args)  # the one star is a profile's three shapes
-            shape = (count, tuple(keyword.arg or "" for keyword in call.keywords))
-        if owners == ("",) and len(chain) > 1:  # trt.Class.member
-            yield Use((chain[-2],), chain[-1], node.lineno, shape)
-        else:
-            yield Use(owners, chain[-1], node.lineno, shape)
+def parsable(text: str) -> str:
+    """Stubs without the signatures that are no Python, such as those with a default before what has none."""
+    lines = text.splitlines()
+    for _ in range(9):
+        try:
+            ast.parse("\n".join(lines))
+        except SyntaxError as error:
+            wrong = (error.lineno or 0) - 1
+            lines[wrong] = re.sub(r"\(.*\)", "(self, *args, **kwargs)", lines[wrong])
+    return "\n".join(lines)
 
 
-def accepts(signature: str, count: int, keywords: tuple[str, ...]) -> bool:
-    """Whether an overload takes so many positional arguments, besides self, and these keywords."""
-    parts = [part.strip() for part in re.split(r",\s*(?=\w+\s*:)", signature)]
-    parameters = [part for part in parts if part and not part.startswith("self")]
-    names = [part.partition(":")[0].strip() for part in parameters]
-    required = [name for name, part in zip(names, parameters, strict=True) if "=" not in part]
-    given = {*names[:count], *keywords}
-    return count + len(keywords) <= len(names) and set(keywords) <= set(names) and set(required) <= given
+def cut(text: str, names: set[str]) -> str:
+    """The stubs with those classes and members only; what Python itself calls stays."""
+    tree = ast.parse(text)
+    classes = {name.partition(".")[0] or name[1:] for name in names}
+    tree.body = [node for node in tree.body if not isinstance(node, ast.ClassDef) or node.name in classes]
+    for owner in tree.body:
+        if isinstance(owner, ast.ClassDef):
+            owner.body = [node for node in owner.body if keeps(owner.name, node, names)] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
-@pytest.mark.parametrize("path", [BUILD, ENGINE], ids=lambda path: path.name)
-def test_every_name_and_signature_is_in_the_bindings_of_11(api: dict[str, Any], path: Path) -> None:
-    found = list(uses(path))
-    assert len(found) > 15
-    for use in found:
-        signatures = [api[owner][use.name] for owner in use.owners if use.name in api.get(owner, {})]
-        assert signatures, f"{path.name}: {use} does not exist"
-        if use.call is not None and signatures[0]:
-            taken = any(accepts(signature, *use.call) for signature in signatures[0])
-            assert taken, f"{path.name}: {use} is called with {use.call}, and takes {signatures[0]}"
+def keeps(owner: str, node: ast.stmt, names: set[str]) -> bool:
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        name = node.target.id
+    else:
+        name = getattr(node, "name", "__")
+    return name.startswith("__") or isinstance(node, ast.ClassDef) or f"{owner}.{name}" in names
 
 
-@pytest.mark.parametrize("path", [BUILD, ENGINE], ids=lambda path: path.name)
-def test_every_name_is_in_the_recorded_bindings_of_10_8(path: Path) -> None:
-    recorded = set(json.loads(RECORDED.read_text())["names"])
-    missing = {
-        f"{use.owners[0]}.{use.name}"
-        for use in uses(path)
-        if not any(f"{owner}.{use.name}" in recorded for owner in use.owners)
-    }
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    """What mypy has to say of files where these are the bindings: "file:line: error ...", without notes."""
+
+    def run(stubs: str, *files: Path) -> list[str]:
+        for package, text in (("tensorrt", PACKAGE), ("tensorrt_bindings", "")):
+            (tmp_path / package).mkdir()
+            (tmp_path / package / "__init__.pyi").write_text(text)
+        (tmp_path / "tensorrt_bindings" / "tensorrt.pyi").write_text(stubs)
+        (tmp_path / "mypy.ini").write_text(SETTINGS)
+        command = [sys.executable, "-m", "mypy", "--config-file", tmp_path / "mypy.ini", "--cache-dir", tmp_path / "c"]
+        path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "export", ROOT / "runtime")))
+        done = subprocess.run(
+            [*command, "--hide-error-context", *files],
+            env={**os.environ, "MYPYPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return [line.rpartition("/")[2] for line in done.stdout.splitlines() if ": error: " in line]
+
+    return run
+
+
+def test_code_fits_the_bindings_of_11(bindings: str, check: Check) -> None:
+    assert check(bindings, BUILD, ENGINE) == []
+
+
+def test_code_fits_the_names_of_10_8(bindings: str, check: Check) -> None:
+    names = set(json.loads(RECORDED.read_text())["names"])
+    errors = check(cut(bindings, names), BUILD, ENGINE)
     # Attention came later, and with it the parser's opset 24: an older parser refuses the graph before it gets there.
-    later = {
-        "LayerType.ATTENTION_INPUT",
-        ".IAttentionInputLayer",
-        "IAttentionInputLayer.attention",
-        "IAttention.decomposable",
-    }
-    assert missing == (later if path == BUILD else set())
+    later = re.compile("ATTENTION_INPUT|IAttentionInputLayer")
+    assert [error for error in errors if not later.search(error)] == []
+    assert len(errors) == 3
 
 
-def test_a_wrong_name_and_a_wrong_call_would_be_found(api: dict[str, Any]) -> None:
-    assert "FP16" not in api["BuilderFlag"]
-    assert "device_memory_size" not in api["ICudaEngine"]
-    (signature,) = api["IBuilderConfig"]["set_timing_cache"]
-    assert accepts(signature, 1, ("ignore_mismatch",))
-    assert not accepts(signature, 1, ())
-    assert not accepts(signature, 3, ())
-    assert not accepts(signature, 1, ("mismatch",))
+def test_faults_would_be_found(bindings: str, check: Check, tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text(PLANTED + "\n    ".join(FAULTS) + "\n")
+    errors = check(bindings, planted)
+    first = PLANTED.count("\n") + 1
+    for number, (fault, said) in enumerate(FAULTS.items(), first):
+        assert any(f"planted.py:{number}: " in error and said in error for error in errors), (fault, errors)
 
 
-def test_monitor_overrides_what_the_bindings_call(api: dict[str, Any]) -> None:
-    """A method of another name, or with other parameters, would never be called, or fail in the middle of a build."""
-    tree = ast.parse(BUILD.read_text())
-    monitor = next(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == "Monitor")
-    methods = {node.name: [a.arg for a in node.args.args] for node in monitor.body if isinstance(node, ast.FunctionDef)}
-    for name in ("phase_start", "step_complete", "phase_finish"):
-        (signature,) = api["IProgressMonitor"][name]
-        assert methods[name] == [part.partition(":")[0].strip() for part in signature.split(",")]
+def test_monitor_overrides_what_the_bindings_call(bindings: str) -> None:
+    """A method of another name would never be called; parameters and results are mypy's matter."""
+    called = {name for name in methods(ast.parse(bindings), "IProgressMonitor") if not name.startswith("__")}
+    assert called == {"phase_start", "step_complete", "phase_finish"}
+    assert called <= methods(ast.parse(BUILD.read_text()), "Monitor")
+
+
+def methods(tree: ast.Module, owner: str) -> set[str]:
+    (body,) = (node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == owner)
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_cuda_call_is_in_the_bindings() -> None:

@@ -4,6 +4,7 @@ That the real library has these names and signatures is what test_tensorrt_bindi
 """
 
 import signal
+import sys
 import threading
 import types
 from dataclasses import replace
@@ -18,7 +19,6 @@ from test_runtime_tiny_bundle import write_tiny_bundle
 from modernbert.cli.export import build_plans_or_say_why
 from modernbert.errors import InputError
 from modernbert_export.source_lines import SOURCE
-from modernbert_export.tensorrt import build
 from modernbert_export.tensorrt.__main__ import main as build_main
 from modernbert_export.tensorrt.build import build_plans, plan_bundle, run_cancellable
 from modernbert_runtime import tensorrt_engine
@@ -135,8 +135,7 @@ class TensorRt:
 
 
 def make(trt: TensorRt, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlanRecord:
-    monkeypatch.setattr(build, "load_tensorrt", lambda: trt)
-    monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda: trt)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(tensorrt_engine, "device_here", lambda: ("Test GPU", "9.0"))
     monkeypatch.setenv("XDG_CACHE_HOME", f"{out.parent}-cache")
     graphs = {"tensorrt": Path("long.onnx"), "tensorrt-dense": Path("short.onnx")}
@@ -196,8 +195,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def install(trt: TensorRt, monkeypatch: pytest.MonkeyPatch) -> TensorRt:
-    monkeypatch.setattr(build, "load_tensorrt", lambda: trt)
-    monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda: trt)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
     return trt
 
 

@@ -268,7 +268,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     """The stand-ins in the place of both libraries."""
     stand_in = Cuda()
     monkeypatch.setattr(tensorrt_engine, "load_cudart", lambda: stand_in)
-    monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda: TensorRt(stand_in))
+    monkeypatch.setitem(sys.modules, "tensorrt", TensorRt(stand_in))
     return stand_in
 
 
@@ -459,5 +459,5 @@ def test_altered_plan_is_never_loaded(cuda: Cuda, plans: Path, tmp_path: Path, m
 def test_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match=r"tensorrt cannot be imported.*onnxruntime") as caught:
-        tensorrt_engine.load_tensorrt()
+        tensorrt_engine.require_tensorrt()
     assert "\n" not in str(caught.value)

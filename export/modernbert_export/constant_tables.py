@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from onnx import ModelProto
 
 from modernbert_export.precision.linears import initializer, replace
 
+# Metadata of a file that has such tables: the number of positions, which is the most tokens that it takes.
+ROTARY_TABLE_LENGTH = "rotary_table_length"
+
 _TABLES = {"Cos": np.cos, "Sin": np.sin}
+
+
+def has_constant_tables(model: ModelProto) -> bool:
+    """Whether a saved graph is one of these."""
+    return any(entry.key == ROTARY_TABLE_LENGTH for entry in model.metadata_props)
 
 
 class ConstantTablesPass(ir.passes.InPlacePass):
@@ -40,6 +49,7 @@ class ConstantTablesPass(ir.passes.InPlacePass):
                 name=f"{name}_rows",
             )
             replace(graph, node, [length, rows])
+        model.metadata_props[ROTARY_TABLE_LENGTH] = str(self.length)
         return ir.passes.PassResult(model, bool(nodes))
 
 

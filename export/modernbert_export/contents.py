@@ -24,6 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from modernbert.errors import ParityError
+from modernbert_export.constant_tables import has_constant_tables
 from modernbert_export.only_token import ONLY_TOKEN
 from modernbert_export.packed import PACKED_INPUTS
 from modernbert_export.packed_session import is_packed, packed_feed
@@ -84,19 +85,18 @@ class Contents:
         return "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
-def read_contents(file: Path, *, quadratic: bool = False, stored_tables: bool = False) -> Contents:
+def read_contents(file: Path, *, quadratic: bool = False) -> Contents:
     """Reads and probes a saved graph.
 
     Args:
         file: the graph, its weights beside it.
         quadratic: whether values may grow with the square of the length, for engines that fuse them away.
-        stored_tables: whether rotary tables are stored; see `constant_tables`.
 
     Raises:
-        ParityError: a value does so unasked, or rotary tables are stored unasked and not computed.
+        ParityError: a value does so unasked, or rotary tables are stored that are not `constant_tables`.
     """
     proto = onnx.load(file, load_external_data=False)
-    if not stored_tables:
+    if not has_constant_tables(proto):
         _check_rotary(proto.graph, file.name)
     probes = [_probe(file, proto, tokens) for tokens in PROBES]
     names = probes[0].bytes_of.keys()

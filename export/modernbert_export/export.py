@@ -162,9 +162,7 @@ def export(
         artifacts = []
         for one in built:
             if text is not None and one.text is None:
-                one = dataclasses.replace(
-                    one, text=on_text.compare(one.file, progress, in_openvino=one.variant.in_openvino)
-                )
+                one = dataclasses.replace(one, text=on_text.compare(one.file, progress))
             artifacts.append(_prove(one, source, references, partial, progress))
         del references
         reports = [artifact.report for artifact in artifacts]
@@ -228,7 +226,6 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
             normalize=source.normalize,
             max_length=max_length,
             references=references,
-            in_openvino=built.variant.in_openvino,
             progress=progress,
         )
     else:
@@ -239,7 +236,6 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
             precision=built.variant.precision,
             task=source.task,
             max_length=max_length,
-            in_openvino=built.variant.in_openvino,
             progress=progress,
         )
     report = dataclasses.replace(report, text=built.text, ranges=built.ranges, notes=(*report.notes, *built.notes))
@@ -251,9 +247,7 @@ def _prove(built: Built, source: Source, references: References | None, root: Pa
         file=name,
         data_file=built.data_file.relative_to(root).as_posix() if built.data_file else None,
         report=report,
-        contents=read_contents(
-            built.file, quadratic=built.variant.form.quadratic, stored_tables=built.variant.in_openvino
-        ),
+        contents=read_contents(built.file, quadratic=built.variant.form.quadratic),
     )
 
 

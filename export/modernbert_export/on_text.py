@@ -50,9 +50,9 @@ class OnText:
 
         return cls(texts=texts, task=task, wanted=texts.rows(compute, lambda what: progress(f"PyTorch, {what}")))
 
-    def compare(self, onnx_file: Path, progress: Progress, *, in_openvino: bool = False) -> Fidelity:
+    def compare(self, onnx_file: Path, progress: Progress) -> Fidelity:
         """Runs an artifact and compares."""
-        session = open_session(onnx_file, in_openvino=in_openvino)
+        session = open_session(onnx_file)
         name = OUTPUTS[1] if self.task == EMBEDDING else LOGITS
 
         def compute(ids: Array, mask: Array) -> Array:

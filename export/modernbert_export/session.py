@@ -10,6 +10,7 @@ from typing import TypeAlias
 import onnx
 import onnxruntime
 
+from modernbert_export.constant_tables import has_constant_tables
 from modernbert_export.openvino_session import OpenVinoSession
 from modernbert_export.packed_session import PackedSession, is_packed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
@@ -17,15 +18,15 @@ from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu
 Session: TypeAlias = onnxruntime.InferenceSession | PackedSession | OpenVinoSession
 
 
-def open_session(onnx_file: Path, *, also_output: Sequence[str] = (), in_openvino: bool = False) -> Session:
+def open_session(onnx_file: Path, *, also_output: Sequence[str] = ()) -> Session:
     """ONNX Runtime on the CPU, with its own default settings; inner values of the graph can be made outputs too.
 
-    It takes padded batches, whatever the graph's form; one with bf16 runs as `bf16_on_cpu` has it. `in_openvino` is for
-    graphs that OpenVINO runs in bf16.
+    It takes padded batches, whatever the graph's form; one with bf16 runs as `bf16_on_cpu` has it, and one with
+    `constant_tables` in OpenVINO, which computes in bf16 then.
     """
-    if in_openvino:
-        return OpenVinoSession(onnx_file, also_output)
     proto = onnx.load(onnx_file, load_external_data=False)
+    if has_constant_tables(proto):
+        return OpenVinoSession(onnx_file, also_output)
     present = {value.name for value in proto.graph.output}
     proto.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)

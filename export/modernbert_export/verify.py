@@ -67,7 +67,6 @@ def verify(
     normalize: bool,
     max_length: int,
     references: References | None = None,
-    in_openvino: bool = False,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """Compares an ONNX file with the checkpoint that it should compute.
@@ -81,12 +80,11 @@ def verify(
         normalize: whether it has unit length.
         max_length: longest input to compare on.
         references: what `compute_references` gave for this checkpoint and grid, if another artifact needed it too.
-        in_openvino: as `open_session` takes it.
         progress: is told what is being done, in a few words.
     """
     if references is None:
         references = compute_references(reference, fidelity_grid(load_config(reference), max_length), progress)
-    session = open_session(onnx_file, in_openvino=in_openvino)
+    session = open_session(onnx_file)
     rows = []
     cases = [case for case in references.cases if case.length <= max_length]
     for index, case in enumerate(cases):
@@ -104,7 +102,7 @@ def verify(
     rows.sort(key=lambda row: row.reference)  # stable: the grid's order within each
     notes = () if TRANSFORMERS in references.hidden else (NO_SECOND,)
     report = ParityReport(artifact=artifact, precision=precision, comparisons=tuple(rows), notes=notes)
-    return _with_first_difference(report, onnx_file, reference, in_openvino)
+    return _with_first_difference(report, onnx_file, reference)
 
 
 def _compare_mixes(
@@ -131,11 +129,11 @@ def _compare_mixes(
     return rows
 
 
-def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path, in_openvino: bool) -> ParityReport:
+def _with_first_difference(report: ParityReport, onnx_file: Path, reference: Path) -> ParityReport:
     if not report.failures:
         return report
     worst = max(report.failures, key=lambda row: (np.isnan(row.max_abs_error), row.max_abs_error))
-    difference = first_difference(onnx_file, reference, worst.case, report.tolerance, in_openvino=in_openvino)
+    difference = first_difference(onnx_file, reference, worst.case, report.tolerance)
     return dataclasses.replace(report, first_difference=difference)
 
 
@@ -147,19 +145,18 @@ def verify_head(
     precision: str,
     task: str,
     max_length: int,
-    in_openvino: bool = False,
     progress: Progress = lambda _: None,
 ) -> ParityReport:
     """As `verify`, of a graph that gives `logits`; see `head_parity` for how these are compared.
 
     Args:
-        onnx_file, reference, artifact, precision, max_length, in_openvino, progress: as for `verify`.
+        onnx_file, reference, artifact, precision, max_length, progress: as for `verify`.
         task: one of `tasks.TASKS`.
     """
     config = load_config(reference)
     grid = fidelity_grid(config, max_length)
     cases = cases_for(TASKS[task], config, grid)
-    session = open_session(onnx_file, in_openvino=in_openvino)
+    session = open_session(onnx_file)
 
     def run(feed: dict[str, Array]) -> Array:
         logits: Array = session.run([LOGITS], feed)[0]
@@ -178,7 +175,7 @@ def verify_head(
             *((NO_SECOND,) if config.num_global_tokens else ()),
         ),
     )
-    return _with_first_difference(report, onnx_file, reference, in_openvino)
+    return _with_first_difference(report, onnx_file, reference)
 
 
 def verify_bundle(
@@ -236,7 +233,6 @@ def verify_bundle(
     reports = []
     for artifact in manifest.artifacts:
         file = bundle.onnx_path(artifact)
-        in_openvino = proven_in_openvino(artifact.target, artifact.precision)
         if references is None:
             report = verify_head(
                 file,
@@ -245,7 +241,6 @@ def verify_bundle(
                 precision=artifact.precision,
                 task=manifest.task,
                 max_length=manifest.max_length,
-                in_openvino=in_openvino,
                 progress=progress,
             )
         else:
@@ -258,25 +253,22 @@ def verify_bundle(
                 normalize=manifest.normalize,
                 max_length=artifact.max_length or manifest.max_length,
                 references=references,
-                in_openvino=in_openvino,
                 progress=progress,
             )
         if on_text is not None and (text is not None or artifact.precision in QUANTISED):
-            report = dataclasses.replace(report, text=on_text.compare(file, progress, in_openvino=in_openvino))
+            report = dataclasses.replace(report, text=on_text.compare(file, progress))
         reports.append(report)
     return reports
 
 
 @torch.no_grad()
-def first_difference(
-    onnx_file: Path, reference: Path, case: Case, tolerance: Tolerance, *, in_openvino: bool = False
-) -> str:
+def first_difference(onnx_file: Path, reference: Path, case: Case, tolerance: Tolerance) -> str:
     """Names the first layer whose output differs from a float64 model's by more than the tolerance."""
     model = load_model(reference).double()
     model.set_attention("eager")
     names = [f"layers.{index}.input" for index in range(model.config.num_hidden_layers)]
     feed = case.inputs(model.config.vocab_size)
-    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]], in_openvino=in_openvino)
+    session = open_session(onnx_file, also_output=[*names, OUTPUTS[0]])
     values = session.run([*names, OUTPUTS[0]], feed)
     tensors = {name: torch.from_numpy(value) for name, value in feed.items()}
     wanted = model(**tensors, output_hidden_states=True).hidden_states

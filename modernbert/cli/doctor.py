@@ -83,7 +83,7 @@ def _small_bundle(facts: Facts, tell: Callable[[str], None]) -> Iterator[tuple[B
     """
     from modernbert_export.small_bundle import build_small_plans, write_small_bundle
     from modernbert_runtime.errors import EngineError
-    from modernbert_runtime.tensorrt_engine import load_tensorrt
+    from modernbert_runtime.tensorrt_engine import require_tensorrt
 
     with tempfile.TemporaryDirectory(prefix="modernbert-doctor-") as scratch:
         before = os.environ.get("XDG_CACHE_HOME")
@@ -93,7 +93,7 @@ def _small_bundle(facts: Facts, tell: Callable[[str], None]) -> Iterator[tuple[B
             root.mkdir()
             bundle, error = write_small_bundle(root, tensorrt=bool(facts.gpus), progress=tell), ""
             with contextlib.suppress(EngineError):  # no TensorRT: the table says so
-                load_tensorrt()
+                require_tensorrt()
                 try:
                     build_small_plans(bundle, tell)
                 except InputError as refusal:

@@ -148,6 +148,11 @@ class Embedder:
         return self._manifest.dimension
 
     @property
+    def engine(self) -> str:
+        """What runs the model and in what, such as "openvino (CPU, bf16)"."""
+        return self._runner.engine.name
+
+    @property
     def max_length(self) -> int:
         """Most tokens of one text, special tokens and prompt included."""
         return self._manifest.max_length

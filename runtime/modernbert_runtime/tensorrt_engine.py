@@ -18,7 +18,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from modernbert_runtime.cuda_memory import DeviceBuffer, PinnedBuffer, check, lo
 from modernbert_runtime.errors import EngineError, one_line
 from modernbert_runtime.plan_store import Plans
 from modernbert_runtime.tensorrt_plan import PlanKey, PlanRecord, Profile, plan_runs, round_length
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +48,26 @@ class _Buffer(Protocol):
     address: int
 
 
-def load_tensorrt() -> Any:
-    """The tensorrt module.
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_C = TypeVar("_C", bound=_Closable)
+
+
+def require_tensorrt() -> None:
+    """Sees to it that `import tensorrt` works.
 
     Raises:
         EngineError: it is not installed, or its libraries do not load.
     """
     try:
-        import tensorrt
+        import tensorrt  # noqa: F401
     except (ImportError, OSError) as error:
         raise EngineError(
             f"tensorrt cannot be imported ({one_line(error)}): pip install tensorrt, where NVIDIA's package index is "
             'in reach, or use engine="onnxruntime"'
         ) from error
-    return tensorrt
 
 
 def key_here(
@@ -69,7 +78,9 @@ def key_here(
     Raises:
         EngineError: TensorRT or a GPU is missing.
     """
-    trt = load_tensorrt()
+    require_tensorrt()
+    import tensorrt as trt
+
     gpu, capability = device_here()
     return PlanKey(
         onnx_sha256=onnx_sha256,
@@ -113,21 +124,23 @@ class TensorRtEngine:
             raise EngineError(
                 f"the TensorRT plans in {str(plans.directory)!r} are stale: {'; '.join(stale)}; build them again"
             )
-        trt, self._cudart = load_tensorrt(), load_cudart()
+        import tensorrt as trt
+
+        self._cudart = load_cudart()
         self._device = check(self._cudart.cudaGetDevice(), "find a GPU")
         self._lock = threading.Lock()
         self._profiles = record.key.profiles
         self._output = output
-        self._open: list[Any] = []  # what close() frees
-        self._contexts: list[Any] = []
-        self._engines: list[Any] = []  # of each profile
+        self._open: list[_Closable] = []  # what close() frees
+        self._contexts: list[trt.IExecutionContext] = []
+        self._engines: list[trt.ICudaEngine] = []  # of each profile
         self._captured: OrderedDict[_Case, _Captured] = OrderedDict()
         self._seen: OrderedDict[_Case, None] = OrderedDict()
         self._capturing = True
         self.name = f"tensorrt {trt.__version__} ({record.key.gpu}, {record.key.precision})"
         try:
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-            self._load(trt, plans)
+            self._load(plans)
         except BaseException:
             self.close()
             raise
@@ -161,7 +174,9 @@ class TensorRtEngine:
         Raises:
             EngineError: the engine is closed.
         """
-        trt, names = load_tensorrt(), list[str]()
+        import tensorrt as trt
+
+        names: list[str] = []
         with self._lock:
             if not self._open:
                 raise EngineError("the engine is closed: load the bundle again")
@@ -182,7 +197,9 @@ class TensorRtEngine:
                 buffer.close()
             self._open = []
 
-    def _load(self, trt: Any, plans: Plans) -> None:
+    def _load(self, plans: Plans) -> None:
+        import tensorrt as trt
+
         loaded = {}
         self._plan_bytes = 0
         for name in dict.fromkeys(PlanRecord.file_of(profile.graph) for profile in self._profiles):
@@ -236,7 +253,7 @@ class TensorRtEngine:
         finally:
             check(self._cudart.cudaSetDevice(before), "choose the GPU of before")
 
-    def _context(self, index: int) -> Any:
+    def _context(self, index: int) -> trt.IExecutionContext:
         """A context for a profile, in the device buffer that all share: runs take turns."""
         context = self._engines[index].create_execution_context(self._managed)
         if context is None:
@@ -248,12 +265,12 @@ class TensorRtEngine:
         self._set_addresses(context)
         return context
 
-    def _set_addresses(self, context: Any) -> None:
+    def _set_addresses(self, context: trt.IExecutionContext) -> None:
         for name, buffer in (self._device_in | self._device_out).items():
             if not context.set_tensor_address(name, buffer.address):
                 raise EngineError(f"TensorRT refuses the memory of {name!r}: build the plans again")
 
-    def _keep(self, buffer: Any) -> Any:
+    def _keep(self, buffer: _C) -> _C:
         self._open.append(buffer)
         return buffer
 
@@ -262,7 +279,7 @@ class TensorRtEngine:
         graph = self._profiles[index].graph
         return [i for i, profile in enumerate(self._profiles) if profile.graph == graph].index(index)
 
-    def _set_shapes(self, context: Any, shape: tuple[int, int]) -> None:
+    def _set_shapes(self, context: trt.IExecutionContext, shape: tuple[int, int]) -> None:
         accepted = [context.set_input_shape(name, shape) for name in INPUTS]
         if not all(accepted) or (lacking := context.infer_shapes()):
             raise EngineError(f"TensorRT refuses the shape {shape}, lacking {lacking if all(accepted) else INPUTS}")
@@ -303,7 +320,7 @@ class TensorRtEngine:
             self._seen.popitem(last=False)
         return False
 
-    def _enqueue(self, context: Any, shape: tuple[int, int], output: str) -> None:
+    def _enqueue(self, context: trt.IExecutionContext, shape: tuple[int, int], output: str) -> None:
         """Copies in, runs, copies out: all in the stream, none awaited."""
         cudart, nbytes = self._cudart, 8 * shape[0] * shape[1]
         for name in INPUTS:
@@ -317,7 +334,7 @@ class TensorRtEngine:
     def _copy(self, to: _Buffer, source: _Buffer, nbytes: int, kind: Any) -> None:
         check(self._cudart.cudaMemcpyAsync(to.address, source.address, nbytes, kind, self._stream), "copy a batch")
 
-    def _run_and_capture(self, case: _Case) -> Any:
+    def _run_and_capture(self, case: _Case) -> trt.IExecutionContext:
         """Runs a case, and keeps it as a CUDA graph, in a context of its own: other shapes would spoil it.
 
         TensorRT allocates when it first meets a shape, which a capture must not; hence the run before, whose results
@@ -341,7 +358,7 @@ class TensorRtEngine:
             logger.warning("going on without CUDA graphs, which makes short batches slower: %s", error)
         return context
 
-    def _capture(self, context: Any, shape: tuple[int, int], output: str) -> Any:
+    def _capture(self, context: trt.IExecutionContext, shape: tuple[int, int], output: str) -> Any:
         """What a run enqueues, as an executable graph."""
         cudart = self._cudart
         mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal  # other threads may allocate meanwhile
@@ -370,7 +387,7 @@ def _name_of_layer(described: Any) -> str:
 class _Captured:
     """A CUDA graph that is ready to run, and the context that it was captured from."""
 
-    def __init__(self, cudart: Any, context: Any, graph: Any) -> None:
+    def __init__(self, cudart: Any, context: trt.IExecutionContext, graph: Any) -> None:
         self._cudart, self.context, self.graph = cudart, context, graph
 
     def close(self) -> None:

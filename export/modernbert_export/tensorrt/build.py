@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from modernbert.errors import InputError
 from modernbert.output import whole_directory
@@ -28,8 +28,11 @@ from modernbert_runtime.plan_store import (
     user_cache,
     write_whole,
 )
-from modernbert_runtime.tensorrt_engine import INPUTS, key_here, load_tensorrt
+from modernbert_runtime.tensorrt_engine import INPUTS, key_here
 from modernbert_runtime.tensorrt_plan import RECORD_NAME, PlanKey, PlanRecord, Profile, plan_profiles
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 BAR = 20  # characters
 
@@ -137,14 +140,13 @@ def build_plans(
         InputError: TensorRT refuses a graph (each of its errors is listed), or `out` exists.
         KeyboardInterrupt: the build was cancelled.
     """
-    trt = load_tensorrt()
     key = key_here(onnx_sha256, precision, profiles=profiles, flags=_flags(workspace_bytes))
     files = {}
     with whole_directory(out) as partial:
         for graph in dict.fromkeys(limits.graph for limits in profiles):
             served = [limits for limits in profiles if limits.graph == graph]
             settings = _Settings(workspace=workspace_bytes, timing_cache=timing_cache, inspectable=inspectable)
-            plan = _build(trt, graphs[graph], served, settings, progress)
+            plan = _build(graphs[graph], served, settings, progress)
             name = PlanRecord.file_of(graph)
             (partial / name).write_bytes(plan)
             files[name] = hashlib.sha256(plan).hexdigest()
@@ -163,7 +165,9 @@ class _Settings:
     inspectable: bool
 
 
-def _build(trt: Any, file: Path, profiles: list[Profile], settings: _Settings, progress: Progress) -> bytes:
+def _build(file: Path, profiles: list[Profile], settings: _Settings, progress: Progress) -> bytes:
+    import tensorrt as trt
+
     label = f"building {profiles[0].graph}"
     progress(label)
     logger = trt.Logger(trt.Logger.WARNING)
@@ -175,7 +179,7 @@ def _build(trt: Any, file: Path, profiles: list[Profile], settings: _Settings, p
         sources = read_sources(file)
         errors = [describe(parser.get_error(index), sources) for index in range(parser.num_errors)]
         raise InputError(f"TensorRT {trt.__version__} refuses {file.name!r}: {'; '.join(errors) or 'see its log'}")
-    allow_decomposition(trt, network)
+    allow_decomposition(network)
 
     config = builder.create_builder_config()
     if settings.workspace is not None:
@@ -191,7 +195,7 @@ def _build(trt: Any, file: Path, profiles: list[Profile], settings: _Settings, p
     cache_file = settings.timing_cache
     known = cache_file.read_bytes() if cache_file is not None and cache_file.exists() else b""
     timing_cache = _timing_cache(config, known) or _timing_cache(config, b"")
-    monitor = _monitor(trt, lambda steps: progress(f"{label}, {steps}"))
+    monitor = _monitor(lambda steps: progress(f"{label}, {steps}"))
     config.progress_monitor = monitor
     plan = run_cancellable(lambda: builder.build_serialized_network(network, config), monitor.cancel)
     if plan is None:
@@ -201,7 +205,7 @@ def _build(trt: Any, file: Path, profiles: list[Profile], settings: _Settings, p
     return bytes(plan)
 
 
-def _timing_cache(config: Any, known: bytes) -> Any:
+def _timing_cache(config: trt.IBuilderConfig, known: bytes) -> trt.ITimingCache | None:
     """The measurements of earlier builds, in use for this one; None where TensorRT does not take them."""
     timing_cache = config.create_timing_cache(known)
     # Of another GPU or version: a mismatch that is ignored would choose kernels by what was fast elsewhere.
@@ -210,7 +214,7 @@ def _timing_cache(config: Any, known: bytes) -> Any:
     return timing_cache
 
 
-def describe(error: Any, sources: Mapping[str, str]) -> str:
+def describe(error: trt.ParserError, sources: Mapping[str, str]) -> str:
     """One error of the parser: the node, its operator, where it stands, and the line of ours that it comes from."""
     stack = " in ".join(reversed(error.local_function_stack())) if error.local_function_stack_size() else ""
     details = [f"node {error.node()}", *([f"in {stack}"] if stack else [])]
@@ -219,20 +223,21 @@ def describe(error: Any, sources: Mapping[str, str]) -> str:
     return f"{error.node_operator()} {error.node_name()!r} ({', '.join(details)}): {' '.join(error.desc().split())}"
 
 
-def allow_decomposition(trt: Any, network: Any) -> int:
+def allow_decomposition(network: trt.INetworkDefinition) -> int:
     """Lets TensorRT compute an attention by smaller kernels where it has no fused one; without, such a build fails.
 
     Returns:
         How many attentions the network has.
     """
+    import tensorrt as trt
+
     found = 0
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             # get_layer gives the base class whatever the layer is, and a class is assigned to see the rest of it: the
             # bindings know no other way.
             layer.__class__ = trt.IAttentionInputLayer
-            boundary = layer
-            attention = boundary.attention
+            attention = cast("trt.IAttentionInputLayer", layer).attention
             attention.decomposable = True
             found += 1
     return found
@@ -253,11 +258,13 @@ def run_cancellable(work: Callable[[], T], cancel: Callable[[], None]) -> T:
             raise
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(progress: Progress) -> Any:
     """Shows the steps of a build, and stops it at the next one after `cancel`.
 
     TensorRT calls it from its own threads. Phases nest: the bar is of the outermost, behind it stands the innermost.
     """
+
+    import tensorrt as trt
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

@@ -233,7 +233,7 @@ def _rows(
             )
             continue
         progress(f"{batch} x {length} tokens")
-        share = needed[0] + max(left - sum(needed), 0) / len(needed)
+        share = min(needed[0], left) + max(left - sum(needed), 0) / len(needed)
         texts = [writer.text(length, seed) for seed in range(batch)]
         found[shape] = [
             Measurement(candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops[shape])

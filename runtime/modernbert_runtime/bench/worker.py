@@ -92,9 +92,8 @@ def main(bundle: str, options: str) -> None:
 
         wanted = json.loads(options)
         embedder = Embedder.load(bundle, **wanted)
-        name = embedder._runner.engine.name
-        if wanted["precision"] == "bf16" and name == "openvino (CPU, fp32)":
-            raise EngineError(f"this CPU has no bf16: it would be {name}")
+        if wanted["precision"] == "bf16" and embedder.engine == "openvino (CPU, fp32)":
+            raise EngineError(f"this CPU has no bf16: it would be {embedder.engine}")
         return embedder.embed
 
     serve(load, ModernBertRuntimeError)
