@@ -139,7 +139,7 @@ def check_lint_finds_faults(model: onnx.ModelProto, precision: str) -> None:
 def test_without_modelopt_it_says_what_to_install(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "modelopt", None)
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
     with pytest.raises(
         InputError, match=r"int8-qdq and fp8 need NVIDIA's ModelOpt \(.+\): pip install 'nvidia-modelopt\[onnx\]'"
     ):
