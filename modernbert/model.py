@@ -18,7 +18,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +37,6 @@ from modernbert.errors import InputError
 from modernbert.global_tokens import attend_with_globals
 from modernbert.packing import Packing, uncompiled
 from modernbert.recompute import keep_input
-from modernbert.tied_gradient import joined_to_decoder
 
 logger = logging.getLogger(__name__)
 
@@ -146,15 +144,13 @@ class ModernBertForMaskedLM(ModernBertPreTrainedModel):
             `logits` [B, S, V] (or [T, V] packed). With labels: `loss`, and `logits` [M, V] for the M tokens that have
             one, in order; the others' are never computed.
         """
-        table = self.model.get_input_embeddings()
-        with nullcontext() if labels is None else joined_to_decoder(table, self.decoder):
-            encoded = self.model(
-                input_ids,
-                attention_mask,
-                inputs_embeds=inputs_embeds,
-                cu_seqlens=cu_seqlens,
-                output_hidden_states=output_hidden_states,
-            )
+        encoded = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
         loss, hidden = None, encoded.last_hidden_state
         if labels is not None:
             labelled = labels != -100
