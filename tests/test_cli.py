@@ -111,6 +111,8 @@ def test_verify_passes_on_a_good_bundle(run: Run, bundle: Path) -> None:
     assert result.code == 0
     assert "Result: passed." in result.out
     assert json.loads(run("verify", bundle, "--json").out)["passed"] is True
+    assert "Result: passed." in run("verify", bundle, "--artifact", "onnx/model.onnx").out
+    assert_refused(run("verify", bundle, "--artifact", "absent.onnx"), "artifact", "onnx/model.onnx", "absent.onnx")
 
 
 def test_verify_fails_with_a_table_when_parity_is_lost(run: Run, bundle: Path, source: Path) -> None:

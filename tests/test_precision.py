@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import modernbert_export.build as build_module
 import modernbert_export.export as export_module
+import modernbert_export.verify as verify_module
 from modernbert.errors import InputError, ParityError
 from modernbert.model import load_model
 from modernbert_export.contents import read_contents
@@ -120,6 +121,19 @@ def test_verify_compares_all_precisions_again(several: Path, texts: Path) -> Non
     assert fp32.top_overlap == 1.0
     assert int8.rank_correlation < fp16.rank_correlation <= fp32.rank_correlation
     assert int8.rank_correlation < weights.rank_correlation <= fp32.rank_correlation
+
+
+def test_verify_takes_one_artifact_and_refuses_what_overflows_here(
+    several: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (report,) = verify_bundle(several, files=["onnx/model_fp16.onnx"])
+    assert (report.artifact, report.passed, report.text) == ("onnx/model_fp16.onnx", True, None)
+    with pytest.raises(InputError, match=r"^artifact must be one of onnx/model\.onnx, .*, not 'model\.onnx'$"):
+        verify_bundle(several, files=["onnx/model.onnx", "model.onnx"])
+    monkeypatch.setattr(verify_module, "overflows_here", lambda artifact: artifact.precision == "int8")
+    with pytest.raises(InputError, match=r"VNNI.*onnx/model_quantized\.onnx on one that has.*--artifact$"):
+        verify_bundle(several)
+    assert verify_bundle(several, files=["onnx/model.onnx"])[0].passed
 
 
 # Smoothing

@@ -114,7 +114,7 @@ def export(
             "overflow. Leave the option out, or export where there is VNNI"
         )
     if any(variant.in_openvino for variant in variants):
-        require_bf16("export")
+        require_bf16("export on one that has")
     source = open_source(model, pooling=pooling, max_length=max_length, task=task)
     embeds = task == EMBEDDING
     if packed:

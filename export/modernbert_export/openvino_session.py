@@ -19,11 +19,11 @@ from modernbert_runtime.openvino_core import openvino_core
 Array = NDArray[Any]
 
 
-def require_bf16(to: str) -> None:
+def require_bf16(remedy: str) -> None:
     """Refuses to prove anything in bfloat16 on a CPU that would compute in fp32.
 
     Args:
-        to: what is to be done with it, for the message.
+        remedy: what to do where it has none, for the message.
 
     Raises:
         InputError: openvino is not installed, or the CPU has no bfloat16.
@@ -36,7 +36,7 @@ def require_bf16(to: str) -> None:
             'pip install "modernbert-deploy[openvino]"'
         ) from error
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise InputError(f"this CPU has no bfloat16, which is needed to prove openvino bf16: {to} on one that has")
+        raise InputError(f"this CPU has no bfloat16, which is needed to prove openvino bf16: {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)

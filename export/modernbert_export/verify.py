@@ -32,6 +32,8 @@ from modernbert_export.texts import MOST_TOKENS, TextSet
 from modernbert_export.trace import OUTPUTS
 from modernbert_export.variants import QUANTISED, proven_in_openvino
 from modernbert_runtime.bundle import Bundle
+from modernbert_runtime.engines import overflows_here
+from modernbert_runtime.manifest import Artifact
 
 Array = NDArray[Any]
 Outputs = dict[str, Array]
@@ -182,25 +184,27 @@ def verify_bundle(
     directory: Path,
     reference: str | None = None,
     *,
+    files: Sequence[str] | None = None,
     text: str | os.PathLike[str] | None = None,
     progress: Progress = lambda _: None,
 ) -> list[ParityReport]:
-    """Compares every artifact of a bundle with the bundle's own checkpoint, or with another one.
+    """Compares the artifacts of a bundle with the bundle's own checkpoint, or with another one.
 
     Args:
         directory: the bundle.
         reference: checkpoint directory or hub id.
+        files: of the artifacts to compare, such as "onnx/model.onnx"; by default all.
         text: file with one text a line, to compare on as well; integers are compared on built-in ones in any case.
         progress: is told what is being done, in a few words.
 
     Raises:
         BundleError: the bundle is not whole and unaltered.
-        InputError: the reference or the text cannot be loaded, or this CPU lacks what an artifact needs.
+        InputError: the reference or the text cannot be loaded, a file is none of the bundle's, or this CPU lacks what
+            an artifact needs.
     """
     bundle = Bundle.open(directory)
     manifest = bundle.manifest
-    if any(proven_in_openvino(artifact.target, artifact.precision) for artifact in manifest.artifacts):
-        require_bf16("verify")
+    artifacts = _choose(manifest.artifacts, files)
     if reference is None:
         checkpoint = bundle.root
         for name in manifest.files:
@@ -216,7 +220,7 @@ def verify_bundle(
                     f"{getattr(own, name)}; give the checkpoint that it was exported from"
                 )
     on_text = None
-    if text is not None or any(artifact.precision in QUANTISED for artifact in manifest.artifacts):
+    if text is not None or any(artifact.precision in QUANTISED for artifact in artifacts):
         texts = TextSet.read(
             bundle.path_of("tokenizer.json"),
             max_tokens=min(manifest.max_length, MOST_TOKENS),
@@ -231,7 +235,7 @@ def verify_bundle(
         grid = fidelity_grid(load_config(checkpoint), manifest.max_length)
         references = compute_references(checkpoint, grid, progress)
     reports = []
-    for artifact in manifest.artifacts:
+    for artifact in artifacts:
         file = bundle.onnx_path(artifact)
         if references is None:
             report = verify_head(
@@ -259,6 +263,21 @@ def verify_bundle(
             report = dataclasses.replace(report, text=on_text.compare(file, progress))
         reports.append(report)
     return reports
+
+
+def _choose(artifacts: Sequence[Artifact], files: Sequence[str] | None) -> list[Artifact]:
+    """Those that are asked for, if this CPU computes them as they were exported."""
+    names = [artifact.file for artifact in artifacts]
+    if unknown := [file for file in files or () if file not in names]:
+        raise InputError(f"artifact must be one of {', '.join(names)}, not {unknown[0]!r}")
+    chosen = [artifact for artifact in artifacts if not files or artifact.file in files]
+    for artifact in chosen:
+        remedy = f"verify {artifact.file} on one that has, and what else there is here with --artifact"
+        if proven_in_openvino(artifact.target, artifact.precision):
+            require_bf16(remedy)
+        if overflows_here(artifact):
+            raise InputError(f"this CPU has no VNNI, without which products of 8 bits overflow: {remedy}")
+    return chosen
 
 
 @torch.no_grad()

@@ -164,6 +164,10 @@ def verify(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Checkpoint to compare with; default: the bundle's own.")
     ] = None,
+    artifact: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Compare this one, such as onnx/model.onnx; may be repeated. Default: all."),
+    ] = None,
     text: TextOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -172,7 +176,7 @@ def verify(
     from modernbert_export.verify import verify_bundle
 
     with progress() as tell:
-        reports = verify_bundle(bundle, reference, text=text, progress=tell)
+        reports = verify_bundle(bundle, reference, files=artifact, text=text, progress=tell)
     passed = all(report.passed for report in reports)
     if as_json:
         print(json.dumps({"passed": passed, "artifacts": [report.to_dict() for report in reports]}, indent=2))

@@ -82,7 +82,7 @@ def open_engine(
     else:
         names = provider_names(chosen.providers)
         artifact = _onnxruntime_artifact(bundle, names, precision, packed)
-        if artifact.precision == "int8" and not artifact.reduced_range and not multiplies_int8_exactly():
+        if overflows_here(artifact):
             raise EngineError(
                 f"{artifact.file!r} has 8-bit weights, whose products overflow on CPUs without VNNI, such as this one: "
                 "export the bundle with --reduce-range, or choose another precision"
@@ -105,6 +105,11 @@ def open_engine(
         else:
             opened = session(artifact, {CUDA: cuda_options()} if CUDA in names else {})
     return OpenedEngine(engine=opened, artifact=artifact, reason=chosen.reason)
+
+
+def overflows_here(artifact: Artifact) -> bool:
+    """Whether it has 8-bit weights, on a CPU where their products overflow: see `machine.multiplies_int8_exactly`."""
+    return artifact.precision == "int8" and not artifact.reduced_range and not multiplies_int8_exactly()
 
 
 @dataclass(frozen=True, kw_only=True)

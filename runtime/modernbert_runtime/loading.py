@@ -105,7 +105,7 @@ def open_bundle(
         # Pages of weights that nothing has touched yet are not resident, and will be.
         loaded = before + bundle.size_of(artifact)
         memory = MemoryBudget.of(artifact.activation_bytes, limit=limit, resident=max(resident_bytes(), loaded))
-        tokenizer.limit_memory(memory.room)
+        tokenizer.limit_memory(memory)
     logger.info(
         "loaded %s for %s: %s (%s), %s, target %s, precision %s, dimension %d, max_length %d, truncation %s%s",
         bundle.root,

@@ -6,9 +6,10 @@ of the whole process, because that is what a container is killed for. Nothing he
 
 import os
 import re
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -50,11 +51,13 @@ class MemoryBudget:
         limit: bytes that the process may hold while a batch runs.
         resident: bytes that it holds between batches.
         row_bytes: tokens -> bytes that a run on one row of that many needs; at least one entry.
+        turn: to be held by whoever takes this memory: there is enough for one at a time.
     """
 
     limit: int
     resident: int
     row_bytes: Mapping[int, int]
+    turn: threading.Lock = field(default_factory=threading.Lock, compare=False)
 
     @classmethod
     def of(cls, activation_bytes: Mapping[str, int], *, limit: int, resident: int) -> "MemoryBudget":

@@ -4,7 +4,6 @@ One runner serves every way into an `Embedder`, so all of them keep to one token
 """
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,7 +52,7 @@ class BatchRunner:
         self._dimension = dimension
         self._sequence_output = sequence_output
         self._turn: contextlib.AbstractContextManager[object] = (
-            threading.Lock() if memory is not None else contextlib.nullcontext()
+            memory.turn if memory is not None else contextlib.nullcontext()
         )
 
     def plan(self, tokens: Sequence[TokenizedText]) -> list[NDArray[np.intp]]:

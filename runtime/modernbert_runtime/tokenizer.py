@@ -4,6 +4,7 @@ A thin wrapper of `tokenizers`: it refuses what that library refuses with an unc
 truncation and padding tokenizer.json brought along, and reports per text how much was cut.
 """
 
+import contextlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tokenizers import Encoding, Tokenizer
 
 from modernbert_runtime.errors import BundleError, InputError, TextTooLong, one_line
 from modernbert_runtime.machine import return_free_memory
-from modernbert_runtime.memory import in_gb
+from modernbert_runtime.memory import MemoryBudget, in_gb
 
 Truncation = Literal["error", "right", "left"]
 
@@ -27,6 +28,8 @@ _GROUP_TEXTS = 256
 _GROUP_CHARACTERS = 1_000_000
 # What tokenizing takes for a while: 300 bytes a token were measured, and a token may be a single byte of text.
 _BYTES_PER_BYTE = 300
+# Of the memory that a batch may take: with less than this, tokenizing goes on beside one.
+_SMALL_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,7 +86,7 @@ class TextTokenizer:
             ) from error
         self.max_length = max_length
         self.truncation = truncation
-        self._room: int | None = None
+        self._memory: MemoryBudget | None = None
         self._group_characters = _GROUP_CHARACTERS
         self._num_special = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= self._num_special:  # the library would silently not truncate
@@ -96,10 +99,10 @@ class TextTokenizer:
         if truncation != "error":
             self._tokenizer.enable_truncation(max_length, direction=truncation)
 
-    def limit_memory(self, room: int) -> None:
-        """From now on, take about that many bytes at most while texts are tokenized, and refuse longer ones."""
-        self._room = room
-        self._group_characters = min(_GROUP_CHARACTERS, max(1, room // _BYTES_PER_BYTE // 4))
+    def limit_memory(self, memory: MemoryBudget) -> None:
+        """From now on, take about what a batch may take, not beside one, and refuse texts that need more."""
+        self._memory = memory
+        self._group_characters = min(_GROUP_CHARACTERS, max(1, memory.room // _BYTES_PER_BYTE // 4))
 
     def encode(self, texts: Sequence[str], *, prefix: str = "") -> list[TokenizedText]:
         """Tokenize each of `texts` with `prefix` before it, which counts and is cut as if the caller had written it.
@@ -114,9 +117,11 @@ class TextTokenizer:
         """As `encode`, of texts that passed `check_texts`; `first` is what errors call the first of them."""
         tokens = []
         for group in self._groups(texts, first):
-            encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
-            tokens += [self._convert(encoding, index) for index, encoding in enumerate(encodings, first + group.start)]
-            del encodings
+            with self._memory_for(texts[group]):
+                encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
+                numbered = enumerate(encodings, first + group.start)
+                tokens += [self._convert(encoding, index) for index, encoding in numbered]
+                del encodings, numbered
         return tokens
 
     def encode_with_spans(self, texts: Sequence[str], *, prefix: str = "", whole: bool = False) -> list[SpannedText]:
@@ -134,12 +139,13 @@ class TextTokenizer:
         tokenizer = self._whole if whole else self._tokenizer
         spanned = []
         for group in self._groups(texts):
-            encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
-            for index, encoding in enumerate(encodings, group.start):
-                tokens = self._convert(encoding, index, limited=not whole)
-                spanned.append(SpannedText(tokens, *_spans(encoding, texts[index], len(prefix))))
-                del encoding
-            del encodings
+            with self._memory_for(texts[group]):
+                encodings = tokenizer.encode_batch([prefix + text for text in texts[group]])
+                for index, encoding in enumerate(encodings, group.start):
+                    tokens = self._convert(encoding, index, limited=not whole)
+                    spanned.append(SpannedText(tokens, *_spans(encoding, texts[index], len(prefix))))
+                    del encoding
+                del encodings
         return spanned
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[TokenizedText]:
@@ -154,15 +160,19 @@ class TextTokenizer:
         """
         check_pairs(pairs)
         tokens = []
-        for taken in self._groups(["".join(pair) for pair in pairs], name="pairs"):
-            group = [(first, second) for first, second in pairs[taken]]
-            encodings = self._whole.encode_batch_fast(group)
-            for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), taken.start):
-                length = len(encoding.ids)
-                if length > self.max_length and self.truncation != "error":
-                    encoding = self._tokenizer.encode(*pair)  # again: what is cut off a pair cannot be counted after
-                dropped = length - len(encoding.ids)
-                tokens.append(TokenizedText(self._convert(encoding, index, name="pairs").input_ids, dropped))
+        joined = ["".join(pair) for pair in pairs]
+        for taken in self._groups(joined, name="pairs"):
+            with self._memory_for(joined[taken]):
+                group = [(first, second) for first, second in pairs[taken]]
+                encodings = self._whole.encode_batch_fast(group)
+                for index, (pair, encoding) in enumerate(zip(group, encodings, strict=True), taken.start):
+                    length = len(encoding.ids)
+                    if length > self.max_length and self.truncation != "error":
+                        encoding = self._tokenizer.encode(*pair)  # again: what a pair loses cannot be counted after
+                    dropped = length - len(encoding.ids)
+                    tokens.append(TokenizedText(self._convert(encoding, index, name="pairs").input_ids, dropped))
+                    del encoding
+                del encodings
         return tokens
 
     def check_tokens(self, tokens: Sequence[TokenizedText]) -> None:
@@ -205,18 +215,29 @@ class TextTokenizer:
         return text
 
     def _groups(self, texts: Sequence[str], first: int = 0, *, name: str = "texts") -> Iterator[slice]:
-        """Texts to be tokenized at once. What one that is long has taken goes back to the system after it."""
-        if self._room is not None:
+        """Texts to be tokenized at once."""
+        if self._memory is not None:
             for index, text in enumerate(texts, first):
-                size = len(text if text.isascii() else text.encode())
-                if (need := size * _BYTES_PER_BYTE) > self._room:
+                size = _size(text)
+                if (need := size * _BYTES_PER_BYTE) > self._memory.room:
                     raise TextTooLong(
                         f"{name}[{index}] has {size} bytes, and tokenizing it may take {in_gb(need)}; max_memory "
-                        f"leaves {in_gb(self._room)}: raise it, or split the text"
+                        f"leaves {in_gb(self._memory.room)}: raise it, or split the text"
                     )
-        for group in slices(texts, max_texts=_GROUP_TEXTS, max_characters=self._group_characters):
-            yield group
-            if sum(map(len, texts[group])) > _GROUP_CHARACTERS:
+        yield from slices(texts, max_texts=_GROUP_TEXTS, max_characters=self._group_characters)
+
+    @contextlib.contextmanager
+    def _memory_for(self, texts: Sequence[str]) -> Iterator[None]:
+        """Where these are tokenized: with a limit, no batch runs beside texts that take much of it.
+
+        What a long text has taken goes back to the system.
+        """
+        turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self._memory and sum(map(_size, texts)) * _BYTES_PER_BYTE > _SMALL_SHARE * self._memory.room:
+            turn = self._memory.turn
+        with turn:
+            yield
+            if sum(map(len, texts)) > _GROUP_CHARACTERS:
                 return_free_memory()
 
     @cached_property
@@ -236,6 +257,11 @@ class TextTokenizer:
                 'split it, or load with truncation="right"'
             )
         return TokenizedText(input_ids, sum(len(part) - self._num_special for part in encoding.overflowing))
+
+
+def _size(text: str) -> int:
+    """Bytes in UTF-8."""
+    return len(text if text.isascii() else text.encode())
 
 
 def slices(texts: Sequence[str], *, max_texts: int, max_characters: int) -> Iterator[slice]:
