@@ -119,9 +119,9 @@ class TextTokenizer:
         for group in self._groups(texts, first):
             with self._memory_for(texts[group]):
                 encodings = self._tokenizer.encode_batch_fast([prefix + text for text in texts[group]])
-                numbered = enumerate(encodings, first + group.start)
-                tokens += [self._convert(encoding, index) for index, encoding in numbered]
-                del encodings, numbered
+                start = first + group.start
+                tokens += [self._convert(encoding, index) for index, encoding in enumerate(encodings, start)]
+                del encodings
         return tokens
 
     def encode_with_spans(self, texts: Sequence[str], *, prefix: str = "", whole: bool = False) -> list[SpannedText]:
@@ -233,7 +233,7 @@ class TextTokenizer:
         What a long text has taken goes back to the system.
         """
         turn: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self._memory and sum(map(_size, texts)) * _BYTES_PER_BYTE > _SMALL_SHARE * self._memory.room:
+        if self._memory is not None and sum(map(_size, texts)) * _BYTES_PER_BYTE > _SMALL_SHARE * self._memory.room:
             turn = self._memory.turn
         with turn:
             yield
