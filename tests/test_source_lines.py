@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from modernbert_export.lower import lower
-from modernbert_export.ops.op import TARGETS, Target
+from modernbert_export.ops.op import PADDED_TARGETS, Target
 from modernbert_export.source_lines import SOURCE, fill_sources, read_sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,9 +26,9 @@ WRITTEN = {
 @pytest.fixture(scope="module")
 def files(half_traced: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> dict[Target, Path]:
     directory = tmp_path_factory.mktemp("sources")
-    for target in TARGETS:
+    for target in PADDED_TARGETS:
         ir.save(lower(ir.from_proto(half_traced), target), directory / f"{target}.onnx")
-    return {target: directory / f"{target}.onnx" for target in TARGETS}
+    return {target: directory / f"{target}.onnx" for target in PADDED_TARGETS}
 
 
 def line(source: str) -> str:

@@ -52,7 +52,7 @@ def _shared_weights(folder: Path, variants: Sequence[Variant]) -> SharedWeights 
     """
     if len(variants) < 2 and all(variant.stored in HALVES for variant in variants):
         return None
-    named_by = min(variants, key=lambda variant: variant.listed_as != "portable")
+    named_by = min(variants, key=lambda variant: variant.target != "portable")
     return SharedWeights(folder / f"{named_by.file}_data")
 
 
@@ -159,7 +159,7 @@ class Builder:
         """The files of one trace, with their weights in the file given or, without one, inside."""
         built = {}
         for variant in variants:
-            self.progress(f"lowering {variant.precision} to {variant.listed_as} ONNX")
+            self.progress(f"lowering {variant.precision} to {variant.target} ONNX")
             graph = lower(
                 traced.clone(),
                 variant.target,

@@ -183,7 +183,7 @@ def export(
             prompts=source.prompts,
             artifacts=tuple(
                 Artifact(
-                    target=artifact.variant.listed_as,
+                    target=artifact.variant.target,
                     precision=artifact.variant.precision,
                     file=artifact.file,
                     data_file=artifact.data_file,

@@ -54,6 +54,7 @@ FORMS: Mapping[Target, TargetForm] = {
     ),
     "tensorrt": _TENSORRT,
     "tensorrt-dense": _TENSORRT,
+    "packed": TargetForm(domains={MICROSOFT.domain: MICROSOFT.version}, passes=(SplitMatMulPass,)),
 }
 
 
@@ -74,9 +75,9 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True, table_length:
     form = FORMS[target]
     model.graph.opset_imports[""] = form.opset
     for op in OPS:
-        for proto in op.functions(target):
+        for proto in op.functions(target) if target in op.bodies else ():
             function = ir.serde.deserialize_function(proto)
-            function.opset_imports[""] = form.opset
+            function.opset_imports.update({"": form.opset, **form.domains})  # those inside loops are not among them
             model.functions[function.identifier()] = function
     if inline:
         common.InlinePass()(model)

@@ -54,17 +54,16 @@ PACKED_PRECISIONS = ("fp32", "int8")
 
 @dataclass(frozen=True)
 class Variant:
-    """One artifact to make. `packed` is the form of `modernbert_export.packed`."""
+    """One artifact to make."""
 
     target: Target
     precision: str
-    packed: bool = False
 
     @property
     def file(self) -> str:
         """Name of its graph file."""
         name = _FILES[self.precision]
-        return name if self.listed_as == "portable" else name.replace("model", f"model_{self.listed_as}", 1)
+        return name if self.target == "portable" else name.replace("model", f"model_{self.target}", 1)
 
     @property
     def stored(self) -> str:
@@ -77,9 +76,9 @@ class Variant:
         return proven_in_openvino(self.target, self.precision)
 
     @property
-    def listed_as(self) -> str:
-        """Its target in the manifest, where whoever wants padded graphs does not find packed ones."""
-        return PACKED if self.packed else self.target
+    def packed(self) -> bool:
+        """Whether it takes packed tokens; see `modernbert_export.packed`."""
+        return self.target == PACKED
 
     @property
     def form(self) -> TargetForm:
@@ -142,7 +141,7 @@ def choose_variants(
                 f"packed goes with target portable in {' or '.join(PACKED_PRECISIONS)}, and none of these is asked "
                 "for; leave it out, or add one"
             )
-        variants += [replace(one, packed=True) for one in padded]
+        variants += [replace(one, target=PACKED) for one in padded]
     return tuple(variants)
 
 

@@ -98,7 +98,7 @@ def export(
     for artifact in artifacts:
         figures = artifact.report.summary()
         print(
-            f"\n{artifact.file}: {artifact.variant.listed_as}, {artifact.variant.precision}, "
+            f"\n{artifact.file}: {artifact.variant.target}, {artifact.variant.precision}, "
             f"max abs error {figures['max_abs_error']:.1e}, min cosine {figures['min_cosine']:.7f}, "
             f"pooled {figures['min_pooled_cosine']:.7f}"
         )

@@ -14,14 +14,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from modernbert_runtime.errors import BundleError, one_line
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 # The target of graphs that take packed tokens; all others take padded batches.
-PACKED = "packed"
+PACKED: Final = "packed"
 POOLINGS = ("mean", "cls", "global")
 # How the logits of a text become scores; "" for tasks other than text-classification.
 SCORE_FUNCTIONS = ("", "softmax", "sigmoid", "identity")
@@ -51,7 +51,7 @@ class Artifact:
     """One model file of a bundle, ready for an engine.
 
     Args:
-        target: the lowering, such as "portable"; "packed" is that one for packed tokens.
+        target: the lowering, such as "portable"; `PACKED` runs on ONNX Runtime's CPU provider.
         precision: such as "fp32".
         file: the model, a path relative to the bundle.
         data_file: its external weights, in the same folder, or None when they are inside `file`.

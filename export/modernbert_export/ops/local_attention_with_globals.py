@@ -16,7 +16,7 @@ from onnxscript import script
 from torch import Tensor
 
 from modernbert_export.ops.band import ModernBertBand
-from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
+from modernbert_export.ops.op import HIDDEN_KEY, OPSET, PADDED_TARGETS, GraphOp
 
 
 @torch.library.custom_op("modernbert::local_attention_with_globals", mutates_args=())
@@ -88,6 +88,6 @@ LOCAL_ATTENTION_WITH_GLOBALS = GraphOp(
     node=_node,
     inputs=("q", "plain_q", "k", "v", "global_k", "global_v", "key_bias"),
     attributes=("num_heads", "radius"),
-    bodies=dict.fromkeys(TARGETS, ModernBertLocalAttentionWithGlobals),
+    bodies=dict.fromkeys(PADDED_TARGETS, ModernBertLocalAttentionWithGlobals),
     float_inputs=("key_bias",),
 )

@@ -14,8 +14,10 @@ import onnx
 import onnxscript
 import torch
 
-Target = Literal["portable", "openvino", "ort-cuda", "tensorrt", "tensorrt-dense"]
-TARGETS: tuple[Target, ...] = get_args(Target)
+# What graphs are made for that take padded batches, and all. "packed" is ONNX Runtime on a CPU, see `packed`.
+PaddedTarget = Literal["portable", "openvino", "ort-cuda", "tensorrt", "tensorrt-dense"]
+Target = Literal[PaddedTarget, "packed"]
+PADDED_TARGETS: tuple[PaddedTarget, ...] = get_args(PaddedTarget)
 OPSET = onnxscript.values.Opset("modernbert", 1)
 MICROSOFT = onnxscript.values.Opset("com.microsoft", 1)  # operators that ONNX Runtime alone has
 
@@ -30,8 +32,9 @@ class GraphOp:
     """An operator of the traced graph.
 
     `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
-    `inputs` and `attributes` are named here; `bodies` defines the node for each target. Inputs named in `float_inputs`
-    have a type of their own and may stay fp32 where the others are fp16; those in `integer_inputs` are int64.
+    `inputs` and `attributes` are named here; `bodies` defines the node for each target whose graphs have it. Inputs named
+    in `float_inputs` have a type of their own and may stay fp32 where the others are fp16; those in `integer_inputs`
+    are int64.
     """
 
     name: str

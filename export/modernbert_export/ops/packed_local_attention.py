@@ -13,7 +13,7 @@ from onnxscript import opset20 as op
 from onnxscript import script
 from torch import Tensor
 
-from modernbert_export.ops.op import HIDDEN_KEY, OPSET, TARGETS, GraphOp
+from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
 
 # Blocks are never narrower: smaller matrix products cost more per element than they save.
 NARROWEST = 32
@@ -93,6 +93,6 @@ PACKED_LOCAL_ATTENTION = GraphOp(
     node=_node,
     inputs=("q", "k", "v", "document", "cu_seqlens"),
     attributes=("num_heads", "radius"),
-    bodies=dict.fromkeys(TARGETS, ModernBertPackedLocalAttention),
+    bodies={"packed": ModernBertPackedLocalAttention},
     integer_inputs=("document", "cu_seqlens"),
 )

@@ -70,6 +70,7 @@ ROTARY = GraphOp(
         "ort-cuda": fused,
         "tensorrt": native,
         "tensorrt-dense": native,
+        "packed": ModernBertRotary,
     },
     float_inputs=("cos", "sin"),
 )
