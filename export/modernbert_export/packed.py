@@ -5,8 +5,8 @@
     last_hidden_state        [tokens, dim]
     sentence_embedding       [texts, dim]
 
-Texts never see each other: a text's vectors are the same whatever stands beside it. At least one token. The graph is for
-ONNX Runtime's CPU provider, whose own attention it has.
+Texts never see each other: a text's vectors are the same whatever stands beside it. At least one token. The graph is
+for ONNX Runtime's CPU provider, whose own attention it has.
 
 Shapes: T tokens, B texts, C = B + 1 offsets, D hidden size, H heads, K size of a head.
 """

@@ -32,9 +32,9 @@ class GraphOp:
     """An operator of the traced graph.
 
     `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
-    `inputs` and `attributes` are named here; `bodies` defines the node for each target whose graphs have it. Inputs named
-    in `float_inputs` have a type of their own and may stay fp32 where the others are fp16; those in `integer_inputs`
-    are int64.
+    `inputs` and `attributes` are named here; `bodies` defines the node for each target whose graphs have it. Inputs
+    named in `float_inputs` have a type of their own and may stay fp32 where the others are fp16; those in
+    `integer_inputs` are int64.
     """
 
     name: str
