@@ -173,10 +173,10 @@ def _onnxruntime_artifact(
 ) -> Artifact:
     """The artifact for these providers; on the CPU the packed one wherever there is one, unless `packed` forbids it.
 
-    It computes less where texts are few and unlike, and about the same elsewhere. Padded over packed CPU time of 6
-    layers of the base model's width, fp32 / int8 (benchmarks/packed_batches.py; a shared machine, where a few percent
-    are noise): 16 queries 1.72 / 1.58, 8 texts of 20 to 1,000 tokens 1.08 / 1.07, 300 queries 1.07 / 0.97, one text of
-    2,048 tokens 1.00 / 1.01, of 8,192 tokens 1.03 / 0.96.
+    It computes less where texts are few and unlike, and about the same elsewhere. Padded over packed CPU time of the
+    base model, fp32 / int8 (benchmarks/packed_batches.py; a shared machine, where a few percent are noise): 16 queries
+    1.73 / 1.71, 300 queries 1.04 / 1.09, 8 texts of 20 to 1,000 tokens 1.20 / 0.96, one text of 2,048 tokens 1.09 /
+    1.10.
     """
     if providers[0] == TENSORRT:
         targets: tuple[str, ...] = (PLAN_GRAPHS[-1], "portable")
