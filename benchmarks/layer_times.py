@@ -28,7 +28,7 @@ KINDS = ("linear layers", "attention", "norms and activation", "rotary and movin
 OUTSIDE = "outside of layers"
 _INTEGER = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeLinear", "MatMulNBits"}
 _PRODUCT = {"MatMul", "FusedMatMul", "Gemm"}
-_ATTENTION = {"Softmax", "Loop"}
+_ATTENTION = {"Softmax", "Loop", "If"}
 _NORM = {"LayerNormalization", "SkipLayerNormalization", "Gelu"}
 _LAYER_INPUT = re.compile(r"layers\.(\d+)\.input")
 
@@ -82,7 +82,7 @@ def _layer_times(model: Path, inputs: Path, layer_types: Sequence[str], threads:
 
 
 def places(graph: Any) -> dict[str, tuple[int, str]]:
-    """The layer, -1 for none, and the kind of every node of the graph, by name. What is inside a Loop is its part."""
+    """The layer, -1 for none, and the kind of every node of the graph, by name. What is inside a Loop or an If is its part."""
     weights = {value.name for value in graph.initializer}
     layer_of: dict[str, int] = {}
     found = {}
@@ -97,7 +97,7 @@ def places(graph: Any) -> dict[str, tuple[int, str]]:
 
 
 def _read_by(node: Any) -> Iterator[str]:
-    """Names of a node's inputs, and of what the body of a Loop reads from around it."""
+    """Names of a node's inputs, and of what the bodies of a Loop or an If read from around it."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:

@@ -108,7 +108,7 @@ def test_file_holds_the_weights_and_nothing_that_grows_with_the_length(bundle: P
 
 def test_layers_share_what_depends_on_mask_and_length_alone(bundle: Path) -> None:
     kinds = [node.op_type for node in stored_graph(bundle).graph.node]
-    assert kinds.count("Loop") == 2  # one per global layer
+    assert kinds.count("If") == 2  # one per global layer
     assert kinds.count("Cos") == kinds.count("Sin") == 2  # one per kind of layer
 
 
@@ -218,7 +218,7 @@ def test_manifest_knows_memory_and_the_range_of_embeddings(bundle: Path) -> None
     sizes = manifest.artifacts[0].activation_bytes
     assert set(sizes) == {"512", "2048", "8192"}
     # Linear layers, windows and blocks of queries: nothing grows faster than the length.
-    assert sizes["512"] < sizes["8192"] <= 16.5 * sizes["512"]
+    assert sizes["512"] < sizes["2048"] < sizes["8192"] <= 4.1 * sizes["2048"]
     low, high = np.array(manifest.calibration["low"]), np.array(manifest.calibration["high"])
     assert low.shape == high.shape == (48,)
     assert (low < high).all()

@@ -21,7 +21,7 @@ from modernbert.attention import eager, rotary_tables
 from modernbert.packing import Packing, SharedKeys
 from modernbert_export.lower import FORMS
 from modernbert_export.ops import OPS
-from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, QUERY_BLOCK
+from modernbert_export.ops.global_attention import GLOBAL_ATTENTION, LONG, QUERY_BLOCK
 from modernbert_export.ops.local_attention import LOCAL_ATTENTION
 from modernbert_export.ops.local_attention_with_globals import LOCAL_ATTENTION_WITH_GLOBALS as WITH_GLOBALS
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, PADDED_TARGETS, GraphOp
@@ -38,21 +38,21 @@ RADII = (1, 3, 8)
 
 
 def qkv(batch: int, length: int) -> list[Tensor]:
-    """[B, H, S, K] in float64 holding fp32 values, so that both sides start from the same.
+    """[B, S, H, K] in float64 holding fp32 values, so that both sides start from the same.
 
     Large enough that softmax is far from uniform: a wrong key shows.
     """
     generator = torch.Generator().manual_seed(100 * batch + length)
-    q, k, v = (2 * torch.randn(batch, HEADS, length, SIZE, generator=generator) for _ in range(3))
+    q, k, v = (2 * torch.randn(batch, length, HEADS, SIZE, generator=generator) for _ in range(3))
     # The operators take queries that are scaled already.
     return [x.double() for x in (q * SIZE**-0.5, k, v)]
 
 
 def with_globals(batch: int, length: int, number: int = 2) -> list[Tensor]:
-    """q, plain q, k and v of tokens [B, H, S, K], k and v of global tokens [B, H, G, K], as `qkv`."""
+    """q, plain q, k and v of tokens [B, S, H, K], k and v of global tokens [B, G, H, K], as `qkv`."""
     q, k, v = qkv(batch, length)
     plain, global_k, global_v = qkv(batch, length + number)
-    return [q, plain[:, :, :length], k, v, global_k[:, :, :number], global_v[:, :, :number]]
+    return [q, plain[:, :length], k, v, global_k[:, :number], global_v[:, :number]]
 
 
 def angles(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,12 +121,12 @@ def run(session: onnxruntime.InferenceSession, op: GraphOp, *inputs: Tensor) -> 
 def by_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, radius: int | None) -> Tensor:
     """What the model computes on these tokens, [T, H, K]; it scales the queries itself."""
     packing = Packing.from_mask(mask)
-    return eager(*(packing.pack(x.transpose(1, 2)) for x in (q * SIZE**0.5, k, v)), packing, radius, 0.0)
+    return eager(*(packing.pack(x) for x in (q * SIZE**0.5, k, v)), packing, radius, 0.0)
 
 
 def on_tokens(x: Tensor, mask: Tensor) -> Tensor:
-    """[B, H, S, K] -> [T, H, K]."""
-    return x.transpose(1, 2)[mask != 0]
+    """[B, S, H, K] -> [T, H, K]."""
+    return x[mask != 0]
 
 
 def test_every_operator_is_tested_here() -> None:
@@ -185,12 +185,9 @@ def test_reference_with_globals_is_the_models_attention(radius: int) -> None:
             y = WITH_GLOBALS.torch_op(q, plain, k, v, global_k, global_v, key_bias(mask), radius)
             packing = Packing.from_mask(mask)
             both, met, value = (
-                packing.pack(x.transpose(1, 2))
-                for x in (torch.cat((q, plain), -1), F.pad(k, (0, SIZE)), F.pad(v, (0, SIZE)))
+                packing.pack(x) for x in (torch.cat((q, plain), -1), F.pad(k, (0, SIZE)), F.pad(v, (0, SIZE)))
             )
-            shared = SharedKeys(
-                k_BGHK=F.pad(global_k, (SIZE, 0)).transpose(1, 2), v_BGHK=F.pad(global_v, (0, SIZE)).transpose(1, 2)
-            )
+            shared = SharedKeys(k_BGHK=F.pad(global_k, (SIZE, 0)), v_BGHK=F.pad(global_v, (0, SIZE)))
             want = eager(both * (2 * SIZE) ** 0.5, met, value, packing, radius, 0.0, shared)[..., :SIZE]
             torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
 
@@ -201,10 +198,10 @@ def test_rotary_reference_turns_by_the_angle() -> None:
     cos, sin = angles(7, torch.float64)
     y = ROTARY.torch_op(x, cos, sin)
     first, second = x.chunk(2, -1)
-    turned = torch.complex(first, second) * torch.complex(cos, sin)
+    turned = torch.complex(first, second) * torch.complex(cos, sin)[:, None]
     torch.testing.assert_close(y, torch.cat((turned.real, turned.imag), -1), **FP64)
-    assert torch.equal(y[:, :, 0], x[:, :, 0])
-    assert (y[:, :, 1:] - x[:, :, 1:]).abs().amax((0, 1, 3)).min() > 0.5
+    assert torch.equal(y[:, 0], x[:, 0])
+    assert (y[:, 1:] - x[:, 1:]).abs().amax((0, 2, 3)).min() > 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -218,7 +215,7 @@ def test_operators_are_well_formed_for_torch_export(dtype: torch.dtype) -> None:
             (ROTARY, (view(q), *tables)),
             (GLOBAL_ATTENTION, (view(q), view(k), view(v), bias)),
             (LOCAL_ATTENTION, (view(q), view(k), view(v), bias, 3)),
-            (WITH_GLOBALS, (*map(view, (q, q, k, v, k[:, :, :2], v[:, :, :2])), bias, 3)),
+            (WITH_GLOBALS, (*map(view, (q, q, k, v, k[:, :2], v[:, :2])), bias, 3)),
         ):
             torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -267,8 +264,8 @@ def test_fewer_queries_than_keys(target: str) -> None:
     for queries, length in ((1, 5), (2, 2), (3, QUERY_BLOCK + 2), (QUERY_BLOCK + 1, QUERY_BLOCK + 3)):
         q, k, v = qkv(2, length)
         mask = masks(2, length)["right"]
-        y = run(runner, GLOBAL_ATTENTION, q[:, :, :queries], k, v, key_bias(mask))
-        want = GLOBAL_ATTENTION.torch_op(q[:, :, :queries], k, v, key_bias(mask))
+        y = run(runner, GLOBAL_ATTENTION, q[:, :queries], k, v, key_bias(mask))
+        want = GLOBAL_ATTENTION.torch_op(q[:, :queries], k, v, key_bias(mask))
         torch.testing.assert_close(y, want, **FP32, msg=lambda text, n=length: f"length {n}: {text}")
 
 
@@ -282,6 +279,29 @@ def test_global_attention_body_equals_its_reference(target: str) -> None:
         for padding, mask in masks(batch, length).items():
             y = run(runner, op, *inputs, key_bias(mask))
             check(y, op.torch_op(*inputs, key_bias(mask)), mask, f"batch {batch}, length {length}, padding {padding}")
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"),
+    [
+        (3, 2, LONG - 1),  # a text at a time
+        (1, 4, LONG - 1),  # all heads, blocks of queries
+        (1, 4, LONG),  # two heads at a time
+        (2, 4, LONG + 1),  # blocks that are not full
+        (2, 3, LONG),  # one head at a time
+    ],
+)
+def test_every_way_of_the_portable_body_equals_the_reference(batch: int, heads: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (torch.randn(batch, length, heads, SIZE, generator=generator).double() for _ in range(3))
+    runner = session(GLOBAL_ATTENTION, "portable", dict(num_heads=heads), [4, 4, 4, 2])
+    for padding in ("none", "right"):
+        mask = masks(batch, length)[padding]
+        y = run(runner, GLOBAL_ATTENTION, q, k, v, key_bias(mask))
+        check(y, GLOBAL_ATTENTION.torch_op(q, k, v, key_bias(mask)), mask, f"padding {padding}")
+    bias = key_bias(masks(batch, length)["holes"])
+    few = run(runner, GLOBAL_ATTENTION, q[:, :5], k, v, bias)
+    torch.testing.assert_close(few, GLOBAL_ATTENTION.torch_op(q[:, :5], k, v, bias), **FP32)
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)

@@ -1,9 +1,8 @@
 """What a saved graph contains, read back from disk: operators, arithmetic, bytes, and how sizes grow with the length.
 
 Sizes are not guessed from shape inference, which loses track inside loops: ONNX Runtime runs the graph, without its
-optimisations, at three lengths and says how large every value was. At multiples of the block sizes each size is a
-polynomial of the length, so three lengths give every other one, and the second difference proves that none is
-quadratic.
+optimisations, and says how large every value was. At long multiples of the block sizes each size is a polynomial of the
+length, so three lengths give every longer one, and the second difference proves that none is quadratic.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ from modernbert_export.packed_session import is_packed, packed_feed
 from modernbert_export.precision.bf16_on_cpu import bf16_on_cpu, bf16_values
 from modernbert_export.trace import INPUTS
 
-# Multiples of the blocks of global layers (256 queries) and of the usual windows.
-PROBES = (512, 1024, 1536)
-REPORTED = (512, 2048, 8192)
-# Second difference of a value that grows with the square of the length, over its size at the longest probe: 8 / 36.
+# Multiples of the blocks of global layers (256 queries) and of the usual windows; shorter texts are computed otherwise
+# (`ops.global_attention.LONG`).
+PROBES = (1024, 1536, 2048)
+SHORT = 512
+REPORTED = (SHORT, 2048, 8192)
+# Second difference of a value that grows with the square of the length, over its size at the longest probe, is 1 / 8.
 # A last block that is not full makes one of a few percent in values that do not.
-QUADRATIC = 0.15
+QUADRATIC = 0.085
 _BYTES = {
     "float": 4,
     "float16": 2,
@@ -99,8 +100,7 @@ def read_contents(file: Path, *, quadratic: bool = False) -> Contents:
     if not has_constant_tables(proto):
         _check_rotary(proto.graph, file.name)
     probes = [_probe(file, proto, tokens) for tokens in PROBES]
-    names = probes[0].bytes_of.keys()
-    for name in names:
+    for name in probes[0].bytes_of:
         sizes = [probe.bytes_of.get(name, 0) for probe in probes]
         if not quadratic and np.diff(sizes, 2)[0] > QUADRATIC * sizes[-1]:
             raise ParityError(
@@ -111,15 +111,12 @@ def read_contents(file: Path, *, quadratic: bool = False) -> Contents:
         *(tensor for graph in _graphs(proto.graph) for tensor in graph.initializer),
         *(attribute.t for node in nodes if node.op_type == "Constant" for attribute in node.attribute),
     ]
-    activation_bytes = {}
-    for tokens in REPORTED:
-        sizes_there = {name: _extrapolate([probe.bytes_of.get(name, 0) for probe in probes], tokens) for name in names}
-        activation_bytes[str(tokens)] = ARENA * _peak(proto.graph, sizes_there)
+    there = {tokens: _extrapolated(probes, tokens) for tokens in REPORTED} | {SHORT: _probe(file, proto, SHORT)}
     return Contents(
         operators=dict(collections.Counter(node.op_type for node in nodes).most_common()),
         weight_bytes=sum(_tensor_bytes(tensor) for tensor in stored),
-        flops={str(tokens): _extrapolate([probe.flops for probe in probes], tokens) for tokens in REPORTED},
-        activation_bytes=activation_bytes,
+        flops={str(tokens): probe.flops for tokens, probe in there.items()},
+        activation_bytes={str(tokens): ARENA * _peak(proto.graph, probe.bytes_of) for tokens, probe in there.items()},
     )
 
 
@@ -190,6 +187,14 @@ def _described_bytes(described: Mapping[str, Sequence[int]]) -> int:
     return _BYTES[kind] * math.prod(shape)
 
 
+def _extrapolated(probes: Sequence[_Probe], tokens: int) -> _Probe:
+    """What a run on so many tokens would show."""
+    sizes = {
+        name: _extrapolate([probe.bytes_of.get(name, 0) for probe in probes], tokens) for name in probes[0].bytes_of
+    }
+    return _Probe(bytes_of=sizes, flops=_extrapolate([probe.flops for probe in probes], tokens))
+
+
 def _extrapolate(values: Sequence[int], tokens: int) -> int:
     """The polynomial of degree 2 through the probes' values (Newton's form)."""
     step = (tokens - PROBES[0]) / (PROBES[1] - PROBES[0])
@@ -219,7 +224,7 @@ def _peak(graph: onnx.GraphProto, bytes_of: Mapping[str, int]) -> int:
         for body in _bodies(node):
             # Results of a loop's iterations are kept, then joined into the output.
             joined = sum(bytes_of.get(name, 0) for name in node.output)
-            inside = max(_peak(body, bytes_of), joined)
+            inside = max(inside, _peak(body, bytes_of), joined)
         peak = max(peak, sum(alive.values()) + inside)
         for name in [*ends[index], *(name for name in node.output if owner[name] not in last)]:
             alive.pop(name, None)

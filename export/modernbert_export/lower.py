@@ -88,10 +88,12 @@ def lower(model: ir.Model, target: Target, *, inline: bool = True, table_length:
     optimizer.fold_constants(model, output_size_limit=FOLD_LIMIT)
     common.RemoveUnusedNodesPass()(model)
     _merge_equal(model)
+    # Before they run, too, because a transposition that something asks for its shape does not cancel out.
+    SharedShapePass()(model)
     optimizer.optimize(model, inline=False, output_size_limit=FOLD_LIMIT)
+    common.IdentityEliminationPass()(model)
     if table_length is not None:
         ConstantTablesPass(table_length)(model)
-    SharedShapePass()(model)
     _merge_equal(model)
     for rewrite in form.passes:
         rewrite()(model)

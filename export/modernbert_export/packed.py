@@ -58,13 +58,10 @@ class TracedPackedEmbedder(nn.Module):
             tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
 
         def attend(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, layer_type: LayerType) -> Tensor:
-            q, k, v = (y.transpose(1, 2) for y in (q_1THK, k_1THK, v_1THK))
             table, scaled_table = tables[layer_type]
+            q_1THK, k_1THK = rotary(q_1THK, *scaled_table), rotary(k_1THK, *table)
             attention = packed_global_attention if layer_type == "full_attention" else packed_local_attention
-            y_1HTK = attention(
-                rotary(q, *scaled_table), rotary(k, *table), v, document_T, cu_seqlens_C, config.window_radius
-            )
-            return y_1HTK.transpose(1, 2)
+            return attention(q_1THK, k_1THK, v_1THK, document_T, cu_seqlens_C, config.window_radius)
 
         # As one row: linear layers become the very products that the padded form has, with the very weights.
         x_1TD, hidden = self.model.encode(self.model.embeddings(input_ids_T[None]), attend, keep_hidden=True)

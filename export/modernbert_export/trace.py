@@ -63,38 +63,38 @@ class TracedEmbedder(nn.Module):
             x = torch.cat((globals_1GD.expand(x.shape[0], -1, -1), x), dim=1)
             all_bias_BX = F.pad(key_bias_BS, (number, 0))
 
-        def attend(q_BXHK: Tensor, k_BXHK: Tensor, v_BXHK: Tensor, layer_type: LayerType) -> Tensor:
-            q, k, v = (y.transpose(1, 2) for y in (q_BXHK, k_BXHK, v_BXHK))
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+            """Of all rows [B, X, H, K]."""
             if number:
-                return attend_with_globals(q, k, v, layer_type).transpose(1, 2)
+                return attend_with_globals(q, k, v, layer_type)
             q, k = rotated(q, k, layer_type)
             if layer_type == "full_attention":
-                return global_attention(q, k, v, key_bias_BS).transpose(1, 2)
-            return local_attention(q, k, v, key_bias_BS, config.window_radius).transpose(1, 2)
+                return global_attention(q, k, v, key_bias_BS)
+            return local_attention(q, k, v, key_bias_BS, config.window_radius)
 
         def rotated(q: Tensor, k: Tensor, layer_type: LayerType) -> tuple[Tensor, Tensor]:
             table, scaled_table = tables[layer_type]
             return rotary(q, *scaled_table), rotary(k, *table)
 
         def attend_with_globals(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
-            """Of all rows [B, H, X, K]; see `modernbert.global_tokens`, whose padded twin this is."""
+            """See `modernbert.global_tokens`, whose padded twin this is."""
             plain_q = q * scale
-            from_globals = global_attention(plain_q[:, :, :number], k, v, all_bias_BX)
-            plain_q, global_k = plain_q[:, :, number:], k[:, :, :number]
-            q, k = rotated(q[:, :, number:], k[:, :, number:], layer_type)
+            from_globals = global_attention(plain_q[:, :number], k, v, all_bias_BX)
+            plain_q, global_k = plain_q[:, number:], k[:, :number]
+            q, k = rotated(q[:, number:], k[:, number:], layer_type)
             if layer_type == "full_attention":
                 # A query is both, rotated and not; a key has zeros where it is not met, a value for the size's sake.
                 size = config.head_dim
-                keys = torch.cat((F.pad(global_k, (size, 0)), F.pad(k, (0, size))), dim=2)
+                keys = torch.cat((F.pad(global_k, (size, 0)), F.pad(k, (0, size))), dim=1)
                 y = global_attention(torch.cat((q, plain_q), dim=-1), keys, F.pad(v, (0, size)), all_bias_BX)[
                     ..., :size
                 ]
             else:
-                global_v, v = v[:, :, :number], v[:, :, number:]
+                global_v, v = v[:, :number], v[:, number:]
                 y = local_attention_with_globals(
                     q, plain_q, k, v, global_k, global_v, key_bias_BS, config.window_radius
                 )
-            return torch.cat((from_globals, y), dim=2)
+            return torch.cat((from_globals, y), dim=1)
 
         x, hidden = self.model.encode(x, attend, keep_hidden=True)
         x_BSD, x_BGD = (x[:, number:], x[:, :number]) if number else (x, None)

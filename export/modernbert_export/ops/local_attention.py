@@ -1,7 +1,7 @@
 """`ModernBertLocalAttention`: sliding-window attention, |q - k| <= radius, as a band of blocks (`ops.band`).
 
 Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries of a block, L keys that it meets, M = N + 2,
-X = B * N.
+X = B * N; R rows, a vector of K for each head of each token.
 """
 
 import torch
@@ -16,38 +16,42 @@ from modernbert_export.ops.op import HIDDEN_KEY, HIDDEN_KEY_HALF, OPSET, GraphOp
 
 
 @torch.library.custom_op("modernbert::local_attention", mutates_args=())
-def local_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
-    """Softmax attention [B, H, S, K] within the window, of scaled queries; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
-    position = torch.arange(q_BHSK.shape[2], device=q_BHSK.device)
+def local_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
+    """Softmax attention [B, S, H, K] within the window, of scaled queries; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    position = torch.arange(q_BSHK.shape[1], device=q_BSHK.device)
     far_SS = (position[:, None] - position).abs() > radius
-    bias_BSS = key_bias_BS[:, None, :] + HIDDEN_KEY * far_SS.to(q_BHSK.dtype)
+    bias_BSS = key_bias_BS[:, None, :] + HIDDEN_KEY * far_SS.to(q_BSHK.dtype)
+    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
     y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=bias_BSS[:, None], scale=1.0)
-    return y_BHSK.contiguous()
+    return y_BHSK.transpose(1, 2).contiguous()
 
 
 @local_attention.register_fake
-def _(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
-    return torch.empty_like(q_BHSK, memory_format=torch.contiguous_format)
+def _(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
+    return torch.empty_like(v_BSHK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, key_bias, radius):
-    return OPSET.ModernBertLocalAttention(q, k, v, key_bias, num_heads=q.shape[1], radius=radius)
+    return OPSET.ModernBertLocalAttention(q, k, v, key_bias, num_heads=q.shape[2], radius=radius)
 
 
 @script(OPSET)
 def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
-    """Banded, standard operators."""
+    """Banded, standard operators. Blocks are gathered with heads in front, from rows of one head of one token each."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    q_BHNWK = op.Gather(q, query_NW, axis=2)
-    k_BHNLK = op.Gather(k, key_NL, axis=2)
-    v_BHNLK = op.Gather(v, key_NL, axis=2)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    head_H = op.Range(0, op.Squeeze(heads), 1)
+    head_H11 = op.Unsqueeze(head_H, [1, 2])
+    key_HNL = key_NL * heads + head_H11
+    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
+    q_BHNWK = op.Gather(op.Reshape(q, rows), query_NW * heads + head_H11, axis=1)
+    k_BHNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
+    v_BHNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
     # In the bias's precision, which stays fp32 where q is fp16.
     scores_BHNWL = op.CastLike(op.MatMul(q_BHNWK, op.Transpose(k_BHNLK, perm=[0, 1, 2, 4, 3])), key_bias) + bias_B1NWL
     y_BHNWK = op.MatMul(op.CastLike(op.Softmax(scores_BHNWL, axis=-1), v), v_BHNLK)
-    batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    y_shape = op.Concat(batch, heads, op.Reshape(op.Size(query_NW), [1]), [-1], axis=0)
-    return op.Slice(op.Reshape(y_BHNWK, y_shape), [0], length, [2])
+    token_S1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(key_bias, start=1)), 1), [1])
+    return op.Gather(op.Reshape(y_BHNWK, rows), token_S1 + head_H * op.Size(query_NW), axis=1)
 
 
 @script(OPSET)
@@ -68,9 +72,9 @@ def native_banded(q, k, v, key_bias, num_heads: int, radius: int):
     k_pads = op23.Concat([0, 0], width, [0, 0, 0], rest + width, [0], axis=0)
     q_shape = op23.Concat(batch, heads, blocks, width, size, axis=0)
     k_shape = op23.Concat(batch, heads, blocks + 2, width, size, axis=0)
-    q_BHNWK = op23.Reshape(op23.Pad(q, q_pads), q_shape)
-    k_BHMWK = op23.Reshape(op23.Pad(k, k_pads), k_shape)
-    v_BHMWK = op23.Reshape(op23.Pad(v, k_pads), k_shape)
+    q_BHNWK = op23.Reshape(op23.Pad(op23.Transpose(q, perm=[0, 2, 1, 3]), q_pads), q_shape)
+    k_BHMWK = op23.Reshape(op23.Pad(op23.Transpose(k, perm=[0, 2, 1, 3]), k_pads), k_shape)
+    v_BHMWK = op23.Reshape(op23.Pad(op23.Transpose(v, perm=[0, 2, 1, 3]), k_pads), k_shape)
     k_BHNLK = op23.Concat(
         op23.Slice(k_BHMWK, [0], blocks, [2]),
         op23.Slice(k_BHMWK, [1], blocks + 1, [2]),
@@ -108,7 +112,7 @@ def native_banded(q, k, v, key_bias, num_heads: int, radius: int):
     y_BNHWK = op23.Reshape(y_XHWK, op23.Concat(batch, blocks, heads, width, size, axis=0))
     y_shape = op23.Concat(batch, heads, blocks * width, size, axis=0)
     y_BHSK = op23.Reshape(op23.Transpose(y_BNHWK, perm=[0, 2, 1, 3, 4]), y_shape)
-    return op23.Slice(y_BHSK, [0], length, [2])
+    return op23.Transpose(op23.Slice(y_BHSK, [0], length, [2]), perm=[0, 2, 1, 3])
 
 
 @script(OPSET)
@@ -120,7 +124,11 @@ def native_dense(q, k, v, key_bias, num_heads: int, radius: int):
     distance_SS = op23.Abs(position_S - op23.Unsqueeze(position_S, [1]))
     band_SS = op23.Where(distance_SS > radius, hidden, op23.CastLike(0.0, key_bias))
     bias_B1SS = op23.Min(op23.Unsqueeze(op23.Max(key_bias, hidden), [1, 2]), band_SS)
-    return op23.Attention(q, k, v, op23.CastLike(bias_B1SS, q), scale=1.0)
+    q_BHSK = op23.Transpose(q, perm=[0, 2, 1, 3])
+    k_BHSK = op23.Transpose(k, perm=[0, 2, 1, 3])
+    v_BHSK = op23.Transpose(v, perm=[0, 2, 1, 3])
+    y_BHSK = op23.Attention(q_BHSK, k_BHSK, v_BHSK, op23.CastLike(bias_B1SS, q), scale=1.0)
+    return op23.Transpose(y_BHSK, perm=[0, 2, 1, 3])
 
 
 LOCAL_ATTENTION = GraphOp(

@@ -7,7 +7,7 @@ global layers, `ModernBertGlobalAttention` computes.
 No engine has a fused kernel for this, so one body, of standard operators, serves all targets.
 
 Shapes: B batch, H heads, S sequence, G global tokens, K size of a head, N blocks, W queries of a block, L keys that it
-meets.
+meets; R rows, a vector of K for each head of each token.
 """
 
 import torch
@@ -21,41 +21,44 @@ from modernbert_export.ops.op import HIDDEN_KEY, OPSET, PADDED_TARGETS, GraphOp
 
 @torch.library.custom_op("modernbert::local_attention_with_globals", mutates_args=())
 def local_attention_with_globals(
-    q_BHSK: Tensor,
-    plain_q_BHSK: Tensor,
-    k_BHSK: Tensor,
-    v_BHSK: Tensor,
-    global_k_BHGK: Tensor,
-    global_v_BHGK: Tensor,
+    q_BSHK: Tensor,
+    plain_q_BSHK: Tensor,
+    k_BSHK: Tensor,
+    v_BSHK: Tensor,
+    global_k_BGHK: Tensor,
+    global_v_BGHK: Tensor,
     key_bias_BS: Tensor,
     radius: int,
 ) -> Tensor:
-    """Softmax attention [B, H, S, K] of scaled queries, rotated and not; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    """Softmax attention [B, S, H, K] of scaled queries, rotated and not; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    tokens = (x.transpose(1, 2) for x in (q_BSHK, plain_q_BSHK, k_BSHK, v_BSHK))
+    q_BHSK, plain_q_BHSK, k_BHSK, v_BHSK = tokens
+    global_k_BHGK, global_v_BHGK = global_k_BGHK.transpose(1, 2), global_v_BGHK.transpose(1, 2)
     position = torch.arange(q_BHSK.shape[2], device=q_BHSK.device)
     far_SS = (position[:, None] - position).abs() > radius
     bias_BSS = key_bias_BS[:, None, :] + HIDDEN_KEY * far_SS.to(q_BHSK.dtype)
     scores_BHSS = q_BHSK @ k_BHSK.mT + bias_BSS[:, None]
     weights = torch.cat((scores_BHSS, plain_q_BHSK @ global_k_BHGK.mT), dim=-1).softmax(-1)
-    return (weights @ torch.cat((v_BHSK, global_v_BHGK), dim=2)).contiguous()
+    return (weights @ torch.cat((v_BHSK, global_v_BHGK), dim=2)).transpose(1, 2).contiguous()
 
 
 @local_attention_with_globals.register_fake
 def _(
-    q_BHSK: Tensor,
-    plain_q_BHSK: Tensor,
-    k_BHSK: Tensor,
-    v_BHSK: Tensor,
-    global_k_BHGK: Tensor,
-    global_v_BHGK: Tensor,
+    q_BSHK: Tensor,
+    plain_q_BSHK: Tensor,
+    k_BSHK: Tensor,
+    v_BSHK: Tensor,
+    global_k_BGHK: Tensor,
+    global_v_BGHK: Tensor,
     key_bias_BS: Tensor,
     radius: int,
 ) -> Tensor:
-    return torch.empty_like(q_BHSK, memory_format=torch.contiguous_format)
+    return torch.empty_like(q_BSHK, memory_format=torch.contiguous_format)
 
 
 def _node(q, plain_q, k, v, global_k, global_v, key_bias, radius):
     return OPSET.ModernBertLocalAttentionWithGlobals(
-        q, plain_q, k, v, global_k, global_v, key_bias, num_heads=q.shape[1], radius=radius
+        q, plain_q, k, v, global_k, global_v, key_bias, num_heads=q.shape[2], radius=radius
     )
 
 
@@ -63,23 +66,27 @@ def _node(q, plain_q, k, v, global_k, global_v, key_bias, radius):
 def ModernBertLocalAttentionWithGlobals(q, plain_q, k, v, global_k, global_v, key_bias, num_heads: int, radius: int):
     """Banded. Scores of the window and of the global keys stand side by side for the softmax only."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    q_BHNWK = op.Gather(q, query_NW, axis=2)
-    plain_BHNWK = op.Gather(plain_q, query_NW, axis=2)
-    k_BHNLK = op.Gather(k, key_NL, axis=2)
-    v_BHNLK = op.Gather(v, key_NL, axis=2)
-    global_k_BH1KG = op.Unsqueeze(op.Transpose(global_k, perm=[0, 1, 3, 2]), [2])
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    head_H = op.Range(0, op.Squeeze(heads), 1)
+    head_H11 = op.Unsqueeze(head_H, [1, 2])
+    query_HNW, key_HNL = query_NW * heads + head_H11, key_NL * heads + head_H11
+    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
+    q_BHNWK = op.Gather(op.Reshape(q, rows), query_HNW, axis=1)
+    plain_BHNWK = op.Gather(op.Reshape(plain_q, rows), query_HNW, axis=1)
+    k_BHNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
+    v_BHNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
+    global_k_BH1KG = op.Unsqueeze(op.Transpose(global_k, perm=[0, 2, 3, 1]), [2])
+    global_v_BH1GK = op.Unsqueeze(op.Transpose(global_v, perm=[0, 2, 1, 3]), [2])
     # In the bias's precision, which stays fp32 where q is fp16.
     scores_BHNWL = op.CastLike(op.MatMul(q_BHNWK, op.Transpose(k_BHNLK, perm=[0, 1, 2, 4, 3])), key_bias) + bias_B1NWL
     scores_BHNWG = op.CastLike(op.MatMul(plain_BHNWK, global_k_BH1KG), key_bias)
     weights = op.CastLike(op.Softmax(op.Concat(scores_BHNWL, scores_BHNWG, axis=-1), axis=-1), v)
     met = op.Shape(key_NL, start=1)
-    all_met = met + op.Shape(global_k, start=2, end=3)
+    all_met = met + op.Shape(global_k, start=1, end=2)
     from_window = op.MatMul(op.Slice(weights, [0], met, [4]), v_BHNLK)
-    from_globals = op.MatMul(op.Slice(weights, met, all_met, [4]), op.Unsqueeze(global_v, [2]))
-    batch, length = op.Split(op.Shape(key_bias), num_outputs=2)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    y_shape = op.Concat(batch, heads, op.Reshape(op.Size(query_NW), [1]), [-1], axis=0)
-    return op.Slice(op.Reshape(from_window + from_globals, y_shape), [0], length, [2])
+    from_globals = op.MatMul(op.Slice(weights, met, all_met, [4]), global_v_BH1GK)
+    token_S1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(key_bias, start=1)), 1), [1])
+    return op.Gather(op.Reshape(from_window + from_globals, rows), token_S1 + head_H * op.Size(query_NW), axis=1)
 
 
 LOCAL_ATTENTION_WITH_GLOBALS = GraphOp(

@@ -25,27 +25,25 @@ QUERY_BLOCK = 1024
 
 @torch.library.custom_op("modernbert::packed_global_attention", mutates_args=())
 def packed_global_attention(
-    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
+    q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
 ) -> Tensor:
-    """Softmax attention [1, H, T, K] of scaled queries within the document; `radius` changes how, not what."""
-    return attend_where(q_1HTK, k_1HTK, v_1HTK, document_T[:, None] == document_T)
+    """Softmax attention [1, T, H, K] of scaled queries within the document; `radius` changes how, not what."""
+    return attend_where(q_1THK, k_1THK, v_1THK, document_T[:, None] == document_T)
 
 
 @packed_global_attention.register_fake
-def _(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
-    return torch.empty_like(q_1HTK, memory_format=torch.contiguous_format)
+def _(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
+    return torch.empty_like(q_1THK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius)
+    return OPSET.ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[2], radius=radius)
 
 
 @script(OPSET)
 def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int):
     """Every document in blocks of `QUERY_BLOCK` queries from its first token on, each against all of its keys."""
-    q_1TD = op.Reshape(op.Transpose(q, perm=[0, 2, 1, 3]), [0, 0, -1])  # 0 keeps an axis
-    k_1TD = op.Reshape(op.Transpose(k, perm=[0, 2, 1, 3]), [0, 0, -1])
-    v_1TD = op.Reshape(op.Transpose(v, perm=[0, 2, 1, 3]), [0, 0, -1])
+    q_1TD, k_1TD, v_1TD = op.Reshape(q, [0, 0, -1]), op.Reshape(k, [0, 0, -1]), op.Reshape(v, [0, 0, -1])
     token_T = op.Range(0, op.Squeeze(op.Shape(document)), 1)
     place_T = token_T - op.Gather(cu_seqlens, document)
     first_N = op.Compress(token_T, op.Equal(op.Mod(place_T, QUERY_BLOCK), 0))
@@ -63,8 +61,7 @@ def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int):
         )
         blocks_1WD = op.SequenceInsert(blocks_1WD, y_1WD)
     heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    y_1THK = op.Reshape(op.ConcatFromSequence(blocks_1WD, axis=1), op.Concat([0, 0], heads, [-1], axis=0))
-    return op.Transpose(y_1THK, perm=[0, 2, 1, 3])
+    return op.Reshape(op.ConcatFromSequence(blocks_1WD, axis=1), op.Concat([0, 0], heads, [-1], axis=0))
 
 
 @script(OPSET)

@@ -5,7 +5,7 @@ window, wherever a block begins. No token looks further than its document reache
 narrower than the window.
 
 Shapes: H heads, T packed tokens, K size of a head, C = documents + 1, N blocks, W queries of a block, L keys that it
-meets.
+meets; R rows, a vector of K for each head of each token.
 """
 
 import torch
@@ -21,30 +21,31 @@ NARROWEST = 32
 
 @torch.library.custom_op("modernbert::packed_local_attention", mutates_args=())
 def packed_local_attention(
-    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
+    q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
 ) -> Tensor:
-    """Softmax attention [1, H, T, K] of scaled queries within the window and the document.
+    """Softmax attention [1, T, H, K] of scaled queries within the window and the document.
 
     `document_T` numbers each token's document, from 0 on; `cu_seqlens_C` are the documents' offsets.
     """
-    token_T = torch.arange(q_1HTK.shape[2], device=q_1HTK.device)
+    token_T = torch.arange(q_1THK.shape[1], device=q_1THK.device)
     seen_TT = (token_T[:, None] - token_T).abs() <= radius
-    return attend_where(q_1HTK, k_1HTK, v_1HTK, seen_TT & (document_T[:, None] == document_T))
+    return attend_where(q_1THK, k_1THK, v_1THK, seen_TT & (document_T[:, None] == document_T))
 
 
-def attend_where(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, seen_TT: Tensor) -> Tensor:
+def attend_where(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, seen_TT: Tensor) -> Tensor:
     """The reference of both packed operators: softmax attention of scaled queries over the keys that each may see."""
+    q_1HTK, k_1HTK, v_1HTK = (x.transpose(1, 2) for x in (q_1THK, k_1THK, v_1THK))
     scores_1HTT = (q_1HTK @ k_1HTK.mT).masked_fill(~seen_TT, float("-inf"))
-    return (scores_1HTT.softmax(-1) @ v_1HTK).contiguous()
+    return (scores_1HTT.softmax(-1) @ v_1HTK).transpose(1, 2).contiguous()
 
 
 @packed_local_attention.register_fake
-def _(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
-    return torch.empty_like(q_1HTK, memory_format=torch.contiguous_format)
+def _(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
+    return torch.empty_like(q_1THK, memory_format=torch.contiguous_format)
 
 
 def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[1], radius=radius)
+    return OPSET.ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[2], radius=radius)
 
 
 @script(OPSET)
@@ -76,15 +77,19 @@ def ModernBertPackedBand(document, cu_seqlens, radius: int):
 def ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads: int, radius: int):
     """Banded, standard operators."""
     query_NW, key_NL, bias_NWL = ModernBertPackedBand(document, cu_seqlens, radius=radius)
-    q_1HNWK = op.Gather(q, query_NW, axis=2)
-    k_1HNLK = op.Gather(k, key_NL, axis=2)
-    v_1HNLK = op.Gather(v, key_NL, axis=2)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    head_H = op.Range(0, op.Squeeze(heads), 1)
+    head_H11 = op.Unsqueeze(head_H, [1, 2])
+    key_HNL = key_NL * heads + head_H11
+    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
+    q_1HNWK = op.Gather(op.Reshape(q, rows), query_NW * heads + head_H11, axis=1)
+    k_1HNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
+    v_1HNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
     # Scores in the bias's precision, fp32.
     scores_1HNWL = op.CastLike(op.MatMul(q_1HNWK, op.Transpose(k_1HNLK, perm=[0, 1, 2, 4, 3])), bias_NWL) + bias_NWL
     y_1HNWK = op.MatMul(op.CastLike(op.Softmax(scores_1HNWL, axis=-1), v), v_1HNLK)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    y_shape = op.Concat([1], heads, op.Reshape(op.Size(query_NW), [1]), [-1], axis=0)
-    return op.Slice(op.Reshape(y_1HNWK, y_shape), [0], op.Shape(document), [2])
+    token_T1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(document)), 1), [1])
+    return op.Gather(op.Reshape(y_1HNWK, rows), token_T1 + head_H * op.Size(query_NW), axis=1)
 
 
 PACKED_LOCAL_ATTENTION = GraphOp(

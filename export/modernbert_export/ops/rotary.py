@@ -14,14 +14,14 @@ from modernbert_export.ops.op import MICROSOFT, OPSET, GraphOp
 
 
 @torch.library.custom_op("modernbert::rotary", mutates_args=())
-def rotary(x_BHSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns q or k [B, H, S, K] by the angles whose cosines and sines [S, K / 2] are given."""
-    return rotate(x_BHSK, cos, sin)
+def rotary(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns q or k [B, S, H, K] by the angles whose cosines and sines [S, K / 2] are given."""
+    return rotate(x_BSHK, cos[:, None], sin[:, None])
 
 
 @rotary.register_fake
-def _(x_BHSK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.empty_like(x_BHSK, memory_format=torch.contiguous_format)
+def _(x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty_like(x_BSHK, memory_format=torch.contiguous_format)
 
 
 def _node(x, cos, sin):
@@ -31,32 +31,30 @@ def _node(x, cos, sin):
 @script(OPSET)
 def ModernBertRotary(x, cos, sin):
     """Standard operators. Both halves at once: x * [cos, cos] + swapped x * [-sin, sin], in the tables' precision."""
-    halves_BHS2K = op.Reshape(op.CastLike(x, cos), [0, 0, 0, 2, -1])  # 0 keeps an axis
-    swapped_BHS2K = op.Gather(halves_BHS2K, [1, 0], axis=3)
-    cos_S2K = op.Concat(op.Unsqueeze(cos, [1]), op.Unsqueeze(cos, [1]), axis=1)
-    sin_S2K = op.Concat(op.Unsqueeze(op.Neg(sin), [1]), op.Unsqueeze(sin, [1]), axis=1)
-    return op.CastLike(op.Reshape(halves_BHS2K * cos_S2K + swapped_BHS2K * sin_S2K, [0, 0, 0, -1]), x)
+    halves_BSH2K = op.Reshape(op.CastLike(x, cos), [0, 0, 0, 2, -1])  # 0 keeps an axis
+    swapped_BSH2K = op.Gather(halves_BSH2K, [1, 0], axis=3)
+    cos_S12K = op.Unsqueeze(op.Concat(op.Unsqueeze(cos, [1]), op.Unsqueeze(cos, [1]), axis=1), [1])
+    sin_S12K = op.Unsqueeze(op.Concat(op.Unsqueeze(op.Neg(sin), [1]), op.Unsqueeze(sin, [1]), axis=1), [1])
+    return op.CastLike(op.Reshape(halves_BSH2K * cos_S12K + swapped_BSH2K * sin_S12K, [0, 0, 0, -1]), x)
 
 
 @script(OPSET)
 def fused(x, cos, sin):
-    """ONNX Runtime's own operator, between transpositions that cancel out against those around the attention."""
-    heads = op.Shape(x, start=1, end=2)
-    x_BSHK = op.CastLike(op.Transpose(x, perm=[0, 2, 1, 3]), cos)
-    x_BSD = op.Reshape(x_BSHK, [0, 0, -1])
+    """ONNX Runtime's own operator."""
+    x_BSD = op.Reshape(op.CastLike(x, cos), [0, 0, -1])
     y_BSD = MICROSOFT.RotaryEmbedding(x_BSD, op.Constant(value_ints=[0]), cos, sin)
-    y_BSHK = op.Reshape(y_BSD, op.Concat([0, 0], heads, [-1], axis=0))
-    return op.CastLike(op.Transpose(y_BSHK, perm=[0, 2, 1, 3]), x)
+    return op.CastLike(op.Reshape(y_BSD, op.Concat([0, 0], op.Shape(x, start=2), axis=0)), x)
 
 
 @script(OPSET)
 def native(x, cos, sin):
     """The operator of opset 23, in the tables' precision, with positions as the TensorRT parser takes them: int64."""
-    batch = op23.Shape(x, start=0, end=1)
-    length = op23.Shape(x, start=2, end=3)
+    batch, length = op23.Shape(x, start=0, end=1), op23.Shape(x, start=1, end=2)
     position_S = op23.Range(0, op23.Squeeze(length), 1)
     position_BS = op23.Expand(op23.Unsqueeze(position_S, [0]), op23.Concat(batch, length, axis=0))
-    return op23.CastLike(op23.RotaryEmbedding(op23.CastLike(x, cos), cos, sin, position_BS), x)
+    x_BHSK = op23.Transpose(op23.CastLike(x, cos), perm=[0, 2, 1, 3])
+    y_BHSK = op23.RotaryEmbedding(x_BHSK, cos, sin, position_BS)
+    return op23.CastLike(op23.Transpose(y_BHSK, perm=[0, 2, 1, 3]), x)
 
 
 ROTARY = GraphOp(
@@ -70,7 +68,7 @@ ROTARY = GraphOp(
         "ort-cuda": fused,
         "tensorrt": native,
         "tensorrt-dense": native,
-        "packed": ModernBertRotary,
+        "packed": fused,
     },
     float_inputs=("cos", "sin"),
 )
