@@ -82,7 +82,7 @@ def _layer_times(model: Path, inputs: Path, layer_types: Sequence[str], threads:
 
 
 def places(graph: Any) -> dict[str, tuple[int, str]]:
-    """The layer, -1 for none, and the kind of every node of the graph, by name. What is inside a Loop or an If is its part."""
+    """The layer, -1 for none, and the kind of every node of the graph, by name. What is inside a node is its part."""
     weights = {value.name for value in graph.initializer}
     layer_of: dict[str, int] = {}
     found = {}

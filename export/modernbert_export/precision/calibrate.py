@@ -25,7 +25,7 @@ from modernbert_export.precision.weight_only import BLOCK, Bits, block_weight
 # Of SmoothQuant's exponent; None leaves the layer as it is.
 STRENGTHS = (None, 0.25, 0.5, 0.75)
 SAMPLE_ROWS = 256
-# Of the error without smoothing, at most, to be worth it: smaller gains on a sample were losses elsewhere.
+# Of the error without smoothing, at most, to be worth it.
 WORTH_IT = 0.8
 
 
@@ -82,6 +82,9 @@ def linear_names(model: ModernBertModel) -> Iterator[str]:
 def smooth(model: ModernBertModel, rows: Rows, levels: int) -> list[LinearChoice]:
     """Chooses each linear layer's strength by its error in int8, and moves the scales into the weights, in place.
 
+    Scales come from one half of the rows and are judged by the other: what evens out the accidents of a sample is no
+    gain elsewhere.
+
     Args:
         model: fp32; computes the same afterwards.
         rows: sampled inputs [R, I] by layer name, from `InputSampler`.
@@ -91,11 +94,11 @@ def smooth(model: ModernBertModel, rows: Rows, levels: int) -> list[LinearChoice
     for name in linear_names(model):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        x_RI, w_OI = rows[name], linear.weight
+        seen_RI, unseen_RI, w_OI = rows[name][::2], rows[name][1::2], linear.weight
         before = _producer(model, name)
         strengths = STRENGTHS if before is not None else (None,)
-        scales = {strength: smoothing_scales(x_RI, w_OI, strength) for strength in strengths}
-        errors = {strength: _error(x_RI / scale_I, w_OI * scale_I, levels) for strength, scale_I in scales.items()}
+        scales = {strength: smoothing_scales(seen_RI, w_OI, strength) for strength in strengths}
+        errors = {strength: _error(unseen_RI / scale_I, w_OI * scale_I, levels) for strength, scale_I in scales.items()}
         strength = min(errors, key=lambda strength: errors[strength])
         if errors[strength] > WORTH_IT * errors[None]:
             strength = None

@@ -47,6 +47,8 @@ def quantize(model: ir.Model, config: ModernBertConfig, *, kept: Collection[str]
                 _quantize_product(model.graph, node, quantized, levels)
     quantize_embeddings(model.graph, config)
     common.RemoveUnusedNodesPass()(model)
+    for value in (output for node in model.graph for output in node.outputs if not output.is_graph_output()):
+        value.type = value.shape = None  # whoever reads the file infers them
     return model
 
 
@@ -58,7 +60,7 @@ def _quantize_product(
     assert weight is not None
     integers, scale = integer_weight(matrix(weight), levels)
     if x not in quantized:
-        dynamic = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}_quantize")
+        dynamic = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
         for output, suffix in zip(dynamic.outputs, ("integers", "scale", "zero_point"), strict=True):
             output.name = f"{x.name}_{suffix}"
         graph.insert_before(node, dynamic)
@@ -67,8 +69,8 @@ def _quantize_product(
     columns = initializer(graph, f"{weight.name}_int8", integers)
     scales = initializer(graph, f"{weight.name}_scale", scale)
     # No zero point of the weights, which is 0: given one, ONNX Runtime's kernels take another, slower way.
-    product = ir.node("MatMulInteger", [x_integers, columns, x_zero], name=f"{node.name}_integer")
-    floats = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}_cast")
-    both = ir.node("Mul", [x_scale, scales], name=f"{node.name}_scale")
-    result = ir.node("Mul", [floats.outputs[0], both.outputs[0]], name=f"{node.name}_scaled")
+    product = ir.node("MatMulInteger", [x_integers, columns, x_zero])
+    floats = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
+    both = ir.node("Mul", [x_scale, scales])
+    result = ir.node("Mul", [floats.outputs[0], both.outputs[0]])
     replace(graph, node, [product, floats, both, result])

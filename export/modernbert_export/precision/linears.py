@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -110,27 +111,23 @@ def replace(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
 
 
 def quantize_embeddings(graph: ir.Graph, config: ModernBertConfig) -> None:
-    """Gather from a table of 8-bit integers, and from the column of its rows' scales."""
+    """Gather from a table of 8-bit integers, and from the column of its rows' scales, which are fp16."""
     shape = (config.vocab_size, config.hidden_size)
     (node,) = (node for node in graph if node.op_type == "Gather" and matrix_shape(node.inputs[0]) == shape)
     table, ids = node.inputs
     assert table is not None
-    integers, scale = integer_weight(matrix(table).T)
-    rows = ir.node(
-        "Gather", [initializer(graph, f"{table.name}_int8", integers.T), ids], {"axis": 0}, name=f"{node.name}_integer"
-    )
-    scales = ir.node(
-        "Gather",
-        [initializer(graph, f"{table.name}_scale", scale[:, None]), ids],
-        {"axis": 0},
-        name=f"{node.name}_scale",
-    )
-    floats = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT}, name=f"{node.name}_cast")
-    result = ir.node("Mul", [floats.outputs[0], scales.outputs[0]], name=f"{node.name}_scaled")
-    replace(graph, node, [rows, scales, floats, result])
+    integers, scale = integer_weight(matrix(table).T, scales=np.float16)
+    rows = ir.node("Gather", [initializer(graph, f"{table.name}_int8", integers.T), ids], {"axis": 0})
+    scales = ir.node("Gather", [initializer(graph, f"{table.name}_scale", scale[:, None]), ids], {"axis": 0})
+    floats = [ir.node("Cast", [part.outputs[0]], {"to": ir.DataType.FLOAT}) for part in (rows, scales)]
+    result = ir.node("Mul", [part.outputs[0] for part in floats])
+    replace(graph, node, [rows, scales, *floats, result])
 
 
-def integer_weight(w_IO: NDArray[np.float32], levels: int = 127) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def integer_weight(
+    w_IO: NDArray[np.float32], levels: int = 127, scales: type[np.floating[Any]] = np.float32
+) -> tuple[NDArray[np.int8], NDArray[np.floating[Any]]]:
     """Integers [I, O] and scales [O] whose product is the matrix, each column's largest value at `levels`."""
-    scale_O = np.maximum(np.abs(w_IO).max(0) / levels, np.finfo(np.float32).tiny).astype(np.float32)
-    return np.rint(w_IO / scale_O).astype(np.int8), scale_O
+    scale_O = np.maximum(np.abs(w_IO).max(0) / levels, np.finfo(scales).tiny).astype(scales)
+    integers_IO = np.rint(w_IO / scale_O.astype(np.float32))
+    return integers_IO.clip(-levels, levels).astype(np.int8), scale_O
