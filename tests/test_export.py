@@ -108,7 +108,7 @@ def test_file_holds_the_weights_and_nothing_that_grows_with_the_length(bundle: P
 
 def test_layers_share_what_depends_on_mask_and_length_alone(bundle: Path) -> None:
     kinds = [node.op_type for node in stored_graph(bundle).graph.node]
-    assert kinds.count("If") == 2  # one per global layer
+    assert kinds.count("Loop") == 2  # one per global layer
     assert kinds.count("Cos") == kinds.count("Sin") == 2  # one per kind of layer
 
 

@@ -1,4 +1,4 @@
-"""The benchmark that says where the time goes puts every node with the right layer, those around an If too."""
+"""The benchmark that says where the time goes puts every node with the right layer, those around a Loop too."""
 
 import importlib.util
 import json
@@ -24,4 +24,4 @@ def test_every_layer_has_its_products(bundle: Path) -> None:
         mine = [node.op_type for node in graph.node if places[node.name] == (layer, "linear layers")]
         assert mine == ["MatMul"] * 7  # q, k, v, Wo, both halves of Wi, Wo
         attention = [node.op_type for node in graph.node if places[node.name] == (layer, "attention")]
-        assert sorted(attention) == (["If"] if kind == "full_attention" else ["MatMul", "MatMul", "Softmax"])
+        assert sorted(attention) == (["Loop"] if kind == "full_attention" else ["MatMul", "MatMul", "Softmax"])
