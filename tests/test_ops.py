@@ -284,7 +284,8 @@ def test_global_attention_body_equals_its_reference(target: str) -> None:
 @pytest.mark.parametrize(
     ("batch", "heads", "length"),
     [
-        (3, 2, LONG - 1),  # a text at a time
+        (3, 4, LONG - 1),  # a text at a time
+        (3, 2, LONG - 1),  # all texts at a time
         (1, 4, LONG - 1),  # all heads, blocks of queries
         (1, 4, LONG),  # two heads at a time
         (2, 4, LONG + 1),  # blocks that are not full

@@ -55,7 +55,7 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def packed_qkv(lengths: Sequence[int]) -> list[Tensor]:
-    """Scaled q, k, v [1, H, T, K] of float64 that holds fp32 values, then documents and offsets."""
+    """Scaled q, k, v [1, T, H, K] of float64 that holds fp32 values, then documents and offsets."""
     generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
     q, k, v = (2 * torch.randn(1, sum(lengths), HEADS, SIZE, generator=generator) for _ in range(3))
     return [*(x.double() for x in (q * SIZE**-0.5, k, v)), documents(offsets(lengths), sum(lengths)), offsets(lengths)]
