@@ -12,7 +12,8 @@ unless --model names another. Speed does not depend on the weights.
 For each input: all run once, alone, and their last_hidden_state must agree (max abs error <= 1e-4 and cosine >=
 0.999999 for every token) before any time counts. Then they take turns, A B A B ..., each in a process of its own (see
 measure.py). Where both together would fill the memory, every turn starts a process afresh, loads, warms up once and is
-timed once. Ratios are taken pair by pair, peer / ours, so that a slow moment of the machine hits both sides.
+timed once. Such rounds, and those of a minute or more, are fewer. Ratios are taken pair by pair, peer / ours, so that a
+slow moment of the machine hits both sides.
 
 The ceiling is this machine's fp32 matrix product rate on the model's own weight shapes with the same threads, the best
 of samples taken before and after. A candidate's share of it counts useful work only, the same for both: linear
@@ -67,6 +68,7 @@ TARGET_INT8 = {
 TARGET_RATIO = {"128": 1.0, "512": 1.0, "2048": 1.35, "8192": 2.8}  # peer time / our time, at least
 TARGET_PEAK_BYTES = {"8192": 2.2e9}  # ours, at most
 GEMM_ROWS, GEMM_ROUNDS = 1024, 15
+LONG_ROUND_SECONDS = 60.0
 
 progress_to = Console(stderr=True)
 
@@ -295,12 +297,13 @@ def measure_case(
     np.savez(inputs, input_ids=ids, attention_mask=mask)
     outputs = {name: options.work / f"{name}.npy" for name in files}
     peaks: dict[str, int] = {}
+    round_seconds = 0.0
     for name, file in files.items():
         with (
             progress_to.status(f"{case} tokens: {name}, vectors"),
             measure.Worker(file, threads=options.threads) as worker,
         ):
-            worker.run(inputs, save=outputs[name])
+            round_seconds += worker.run(inputs, save=outputs[name])
             peaks[name] = worker.peak_rss_bytes
     theirs = np.load(outputs[PEER])
     pooled_cosine = {}
@@ -324,7 +327,7 @@ def measure_case(
             )
 
     together = sum(peaks.values()) < measure.available_memory_bytes() / 2
-    rounds = options.repeats if together else options.long_repeats
+    rounds = options.repeats if together and round_seconds < LONG_ROUND_SECONDS else options.long_repeats
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=progress_to, transient=True, disable=not progress_to.is_terminal) as bar:
         task = bar.add_task(f"{case} tokens: rounds{'' if together else ', a fresh process each turn'}", total=rounds)
@@ -436,7 +439,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-mixed", dest="mixed", action="store_false", help="leave out the batch of mixed lengths")
     add("--threads", type=positive, default=2, metavar="N", help="default: 2")
     add("--repeats", type=positive, default=15, metavar="N", help="rounds at each length (default: 15)")
-    add("--long-repeats", type=positive, default=3, metavar="N", help="rounds with fresh processes (default: 3)")
+    add("--long-repeats", type=positive, default=3, metavar="N", help="rounds that are long (default: 3)")
     add("--model", type=directory, metavar="DIR", help="checkpoint (default: ModernBERT-base, random weights)")
     add("--bundle", type=directory, metavar="DIR", help="our export of that checkpoint (default: export it now)")
     add("--work", type=Path, default=work, metavar="DIR", help=f"keeps checkpoint and exports (default: {work})")

@@ -276,8 +276,10 @@ def machine() -> dict[str, Any]:
     """What a reader needs to know of this machine: processor, cores, memory, system, and how busy it is right now."""
     cpuinfo = Path("/proc/cpuinfo")
     known = dict(re.findall(r"^(\w[\w ]*?)\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)) if cpuinfo.exists() else {}
+    name = known.get("model name", platform.processor() or platform.machine()).strip()
     return {
-        "processor": known.get("model name", platform.processor() or platform.machine()).strip(),
+        # Virtual machines often hide the model and give every generation of a CPU one name.
+        "processor": f"{name} family {known['cpu family']}" if "cpu family" in known else name,
         "instructions": matrix_instructions(known.get("flags", known.get("Features", "")).split()),
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -1,7 +1,7 @@
 """`ModernBertLocalAttention`: sliding-window attention, |q - k| <= radius, as a band of blocks (`ops.band`).
 
 Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries of a block, L keys that it meets, M = N + 2,
-X = B * N; R rows, a vector of K for each head of each token.
+X = B * N.
 """
 
 import torch
@@ -12,6 +12,7 @@ from onnxscript import script
 from torch import Tensor
 
 from modernbert_export.ops.band import ModernBertBand
+from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
 from modernbert_export.ops.op import HIDDEN_KEY, HIDDEN_KEY_HALF, OPSET, GraphOp
 
 
@@ -37,21 +38,15 @@ def _node(q, k, v, key_bias, radius):
 
 @script(OPSET)
 def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
-    """Banded, standard operators. Blocks are gathered with heads in front, from rows of one head of one token each."""
+    """Banded, standard operators."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    head_H = op.Range(0, op.Squeeze(heads), 1)
-    head_H11 = op.Unsqueeze(head_H, [1, 2])
-    key_HNL = key_NL * heads + head_H11
-    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
-    q_BHNWK = op.Gather(op.Reshape(q, rows), query_NW * heads + head_H11, axis=1)
-    k_BHNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
-    v_BHNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
+    q_BHNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
+    k_BHNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
+    v_BHNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
     # In the bias's precision, which stays fp32 where q is fp16.
     scores_BHNWL = op.CastLike(op.MatMul(q_BHNWK, op.Transpose(k_BHNLK, perm=[0, 1, 2, 4, 3])), key_bias) + bias_B1NWL
     y_BHNWK = op.MatMul(op.CastLike(op.Softmax(scores_BHNWL, axis=-1), v), v_BHNLK)
-    token_S1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(key_bias, start=1)), 1), [1])
-    return op.Gather(op.Reshape(y_BHNWK, rows), token_S1 + head_H * op.Size(query_NW), axis=1)
+    return ModernBertJoined(y_BHNWK, query_NW, op.Shape(key_bias, start=1), num_heads=num_heads)
 
 
 @script(OPSET)

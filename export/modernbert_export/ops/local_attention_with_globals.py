@@ -7,7 +7,7 @@ global layers, `ModernBertGlobalAttention` computes.
 No engine has a fused kernel for this, so one body, of standard operators, serves all targets.
 
 Shapes: B batch, H heads, S sequence, G global tokens, K size of a head, N blocks, W queries of a block, L keys that it
-meets; R rows, a vector of K for each head of each token.
+meets.
 """
 
 import torch
@@ -16,6 +16,7 @@ from onnxscript import script
 from torch import Tensor
 
 from modernbert_export.ops.band import ModernBertBand
+from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, PADDED_TARGETS, GraphOp
 
 
@@ -66,15 +67,10 @@ def _node(q, plain_q, k, v, global_k, global_v, key_bias, radius):
 def ModernBertLocalAttentionWithGlobals(q, plain_q, k, v, global_k, global_v, key_bias, num_heads: int, radius: int):
     """Banded. Scores of the window and of the global keys stand side by side for the softmax only."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    head_H = op.Range(0, op.Squeeze(heads), 1)
-    head_H11 = op.Unsqueeze(head_H, [1, 2])
-    query_HNW, key_HNL = query_NW * heads + head_H11, key_NL * heads + head_H11
-    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
-    q_BHNWK = op.Gather(op.Reshape(q, rows), query_HNW, axis=1)
-    plain_BHNWK = op.Gather(op.Reshape(plain_q, rows), query_HNW, axis=1)
-    k_BHNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
-    v_BHNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
+    q_BHNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
+    plain_BHNWK = ModernBertBlocks(plain_q, query_NW, num_heads=num_heads)
+    k_BHNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
+    v_BHNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
     global_k_BH1KG = op.Unsqueeze(op.Transpose(global_k, perm=[0, 2, 3, 1]), [2])
     global_v_BH1GK = op.Unsqueeze(op.Transpose(global_v, perm=[0, 2, 1, 3]), [2])
     # In the bias's precision, which stays fp32 where q is fp16.
@@ -85,8 +81,7 @@ def ModernBertLocalAttentionWithGlobals(q, plain_q, k, v, global_k, global_v, ke
     all_met = met + op.Shape(global_k, start=1, end=2)
     from_window = op.MatMul(op.Slice(weights, [0], met, [4]), v_BHNLK)
     from_globals = op.MatMul(op.Slice(weights, met, all_met, [4]), global_v_BH1GK)
-    token_S1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(key_bias, start=1)), 1), [1])
-    return op.Gather(op.Reshape(from_window + from_globals, rows), token_S1 + head_H * op.Size(query_NW), axis=1)
+    return ModernBertJoined(from_window + from_globals, query_NW, op.Shape(key_bias, start=1), num_heads=num_heads)
 
 
 LOCAL_ATTENTION_WITH_GLOBALS = GraphOp(

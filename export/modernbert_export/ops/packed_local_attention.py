@@ -5,7 +5,7 @@ window, wherever a block begins. No token looks further than its document reache
 narrower than the window.
 
 Shapes: H heads, T packed tokens, K size of a head, C = documents + 1, N blocks, W queries of a block, L keys that it
-meets; R rows, a vector of K for each head of each token.
+meets.
 """
 
 import torch
@@ -13,6 +13,7 @@ from onnxscript import opset20 as op
 from onnxscript import script
 from torch import Tensor
 
+from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
 
 # Blocks are never narrower: smaller matrix products cost more per element than they save.
@@ -77,19 +78,13 @@ def ModernBertPackedBand(document, cu_seqlens, radius: int):
 def ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads: int, radius: int):
     """Banded, standard operators."""
     query_NW, key_NL, bias_NWL = ModernBertPackedBand(document, cu_seqlens, radius=radius)
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    head_H = op.Range(0, op.Squeeze(heads), 1)
-    head_H11 = op.Unsqueeze(head_H, [1, 2])
-    key_HNL = key_NL * heads + head_H11
-    rows = op.Concat([0, -1], op.Shape(q, start=3), axis=0)  # 0 keeps an axis
-    q_1HNWK = op.Gather(op.Reshape(q, rows), query_NW * heads + head_H11, axis=1)
-    k_1HNLK = op.Gather(op.Reshape(k, rows), key_HNL, axis=1)
-    v_1HNLK = op.Gather(op.Reshape(v, rows), key_HNL, axis=1)
+    q_1HNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
+    k_1HNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
+    v_1HNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
     # Scores in the bias's precision, fp32.
     scores_1HNWL = op.CastLike(op.MatMul(q_1HNWK, op.Transpose(k_1HNLK, perm=[0, 1, 2, 4, 3])), bias_NWL) + bias_NWL
     y_1HNWK = op.MatMul(op.CastLike(op.Softmax(scores_1HNWL, axis=-1), v), v_1HNLK)
-    token_T1 = op.Unsqueeze(op.Range(0, op.Squeeze(op.Shape(document)), 1), [1])
-    return op.Gather(op.Reshape(y_1HNWK, rows), token_T1 + head_H * op.Size(query_NW), axis=1)
+    return ModernBertJoined(y_1HNWK, query_NW, op.Shape(document), num_heads=num_heads)
 
 
 PACKED_LOCAL_ATTENTION = GraphOp(
