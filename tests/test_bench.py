@@ -100,11 +100,22 @@ def test_who_cannot_run_is_listed_with_a_reason(bundle: Path, tmp_path: Path, lo
     assert report.latency
 
 
-def test_who_dies_at_work_ends_the_run(bundle: Path, tmp_path: Path) -> None:
-    load = "e = Embedder.load(bundle); return lambda texts: e.embed(texts) if len(texts[0]) < 70 else 1 / 0"
+def test_who_dies_at_work_is_listed_and_the_others_go_on(bundle: Path, tmp_path: Path) -> None:
+    load = "e = Embedder.load(bundle); return lambda texts: e.embed(texts) if len(texts[0]) < 900 else 1 / 0"
     peer = with_bundle(script(tmp_path, load), bundle)
-    with pytest.raises(EngineError, match="other ended with status 1: ZeroDivisionError"):
-        bench(bundle, peers=[peer], **{**QUICK, "lengths": (500,)})
+    report = bench(bundle, peers=[peer], **{**QUICK, "lengths": (8, 500)})
+    assert "other ended with status 1: ZeroDivisionError" in report.absent["other"]
+    timed = {length: {row.candidate for row in report.latency if row.tokens == length} for length in (8, 500)}
+    assert timed[8] == {*timed[500], "other"}
+    assert "onnxruntime fp32" in timed[500]
+
+
+def test_nobody_left_to_time_is_an_error(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modernbert_runtime.bench.run.own_candidates", lambda *_, **__: [])
+    # It loads, and dies while vectors are compared.
+    load = "e = Embedder.load(bundle); return lambda texts: e.embed(texts) if len(texts[0]) < 10 else 1 / 0"
+    with pytest.raises(EngineError, match="nothing ran to its end: other ended with status 1: ZeroDivisionError"):
+        bench(bundle, peers=[with_bundle(script(tmp_path, load), bundle)], **QUICK)
 
 
 def test_candidates_are_engines_times_precisions(bundle: Path) -> None:

@@ -393,6 +393,17 @@ def test_memory_comes_back_after_a_spike(
     assert grown < 40e6, f"{grown / 1e6:.0f} MB of about 200 MB are still resident"
 
 
+def test_a_graph_with_loops_runs_on_after_a_long_text(openvino: Any, bundle: Path) -> None:
+    """OpenVINO 2026.4 would crash here, had the memory of the first run been handed back."""
+    file = bundle / "onnx" / "model.onnx"
+    ids = np.random.default_rng(0).integers(5, 30, (1, 2048))
+    mask = np.ones_like(ids)
+    want = OnnxRuntimeEngine(file, output="sentence_embedding", threads=1).run(ids, mask)
+    engine = OpenVinoEngine(file, output="sentence_embedding", threads=2)
+    for _ in range(4):
+        np.testing.assert_allclose(engine.run(ids, mask), want, atol=1e-5)
+
+
 def test_threads_that_run_while_memory_goes_back(openvino: Any, tmp_path: Path) -> None:
     engine = OpenVinoEngine(hungry_model(tmp_path / "model.onnx"), output="sentence_embedding", threads=1)
     wide = np.random.default_rng(0).normal(size=(4, 4096)).astype(np.float32).sum(axis=0)

@@ -66,7 +66,7 @@ def bench(
     Raises:
         InputError: lengths, batches or threads out of range.
         BundleError: not a whole embedding bundle.
-        EngineError: no candidate can run, or one died.
+        EngineError: no candidate can run.
     """
     end = time.monotonic() + seconds
     opened = Bundle.open(bundle)
@@ -110,13 +110,14 @@ def bench(
         if not workers:
             raise EngineError(f"nothing can run this bundle here: {'; '.join(report.absent.values())}")
         progress("comparing vectors")
-        for worker in _disagreeing(workers, writer, longest, report):
-            del workers[worker.candidate.name]
-            worker.close()
+        for name in _disagreeing(workers, writer, longest, report):
+            workers.pop(name).close()
         latency = [(length, 1) for length in lengths]
         throughput = [(batch_length, batch) for batch in batches]
         wanted = {*(latency if asked["lengths"] else ()), *(throughput if asked["batches"] else ())}
         rows = _rows(workers, writer, config, {*latency, *throughput}, wanted, end, report, progress)
+        if not any(rows.values()):
+            raise EngineError(f"nothing ran to its end: {'; '.join(report.absent.values())}")
         report.latency.extend(row for shape in latency for row in rows.get(shape, ()))
         report.throughput.extend(row for shape in throughput for row in rows.get(shape, ()))
     return report
@@ -237,40 +238,63 @@ def _rows(
         texts = [writer.text(length, seed) for seed in range(batch)]
         found[shape] = [
             Measurement(candidate=name, tokens=length, batch=batch, seconds=times, peak_bytes=peak, flops=flops[shape])
-            for name, (times, peak) in _row(workers, texts, share).items()
+            for name, (times, peak) in _row(workers, texts, share, report).items()
         ]
+        if not workers:
+            break
         pace = sum(row.percentile(50) for row in found[shape]) / flops[shape]
     return found
 
 
-def _row(workers: dict[str, Worker], texts: list[str], seconds: float) -> dict[str, tuple[list[float], int]]:
-    """Rounds of all on the same texts for about so many seconds, at least one after the one that warms up."""
+def _row(
+    workers: dict[str, Worker], texts: list[str], seconds: float, report: Report
+) -> dict[str, tuple[list[float], int]]:
+    """Rounds of all on the same texts for about so many seconds, at least one after the one that warms up.
+
+    A candidate that dies has no part in the row, nor in those that follow.
+    """
     begin = time.monotonic()
     found: dict[str, tuple[list[float], int]] = {}
-    for worker in workers.values():
-        worker.run(texts)
-    for number in range(1, _MOST_ROUNDS + 1):
-        for name, worker in workers.items():
+    for number in range(_MOST_ROUNDS + 1):
+        for name in list(workers):
             time.sleep(_SETTLE_SECONDS)
-            taken, peak = worker.run(texts)
-            found[name] = ([*found.get(name, ([], 0))[0], taken], peak)
+            run = _run(workers, name, texts, report)
+            if run is None:
+                found.pop(name, None)
+            elif number:  # the first warms up
+                taken, peak = run
+                found[name] = ([*found.get(name, ([], 0))[0], taken], peak)
         elapsed = time.monotonic() - begin
-        if elapsed + elapsed / (number + 1) > seconds:  # as long as the rounds so far, one more would be too long
+        # As long as the rounds so far, one more would be too long.
+        if number and elapsed + elapsed / (number + 1) > seconds:
             break
     return found
 
 
-def _disagreeing(workers: dict[str, Worker], writer: TextsOfLength, longest: int, report: Report) -> list[Worker]:
-    """Workers whose vectors are not those of the reference: the first fp32 one, else the first."""
+def _run(
+    workers: dict[str, Worker], name: str, texts: Sequence[str], report: Report, save: Path | None = None
+) -> tuple[float, int] | None:
+    """What `Worker.run` gives; None from one that died, which goes from `workers` to the report."""
+    try:
+        return workers[name].run(texts, save)
+    except EngineError as error:
+        report.absent[name] = str(error)
+        workers.pop(name).close()
+        return None
+
+
+def _disagreeing(workers: dict[str, Worker], writer: TextsOfLength, longest: int, report: Report) -> list[str]:
+    """Those whose vectors are not those of the reference: the first in fp32, else the first."""
     texts = [writer.text(min(tokens, longest), seed) for seed, tokens in enumerate((5, 300, 33, 129, 64))]
     vectors: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, worker in workers.items():
-            worker.run(texts, save=Path(scratch, "vectors.npy"))
+        for name in list(workers):
+            if _run(workers, name, texts, report, save=Path(scratch, "vectors.npy")) is None:
+                continue
             raw = np.load(Path(scratch, "vectors.npy"), allow_pickle=False).astype(np.float64)
             vectors[name] = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     reference = next(
-        (name for name, worker in workers.items() if worker.candidate.precision == "fp32"), next(iter(workers))
+        (name for name, worker in workers.items() if worker.candidate.precision == "fp32"), next(iter(workers), "")
     )
     wrong = []
     for name, worker in workers.items():
@@ -278,7 +302,7 @@ def _disagreeing(workers: dict[str, Worker], writer: TextsOfLength, longest: int
         cosine = float((vectors[name] * vectors[reference]).sum(axis=1).min()) if same_shape else 0.0
         report.cosines[name] = cosine
         if not cosine >= worker.candidate.min_cosine:
-            wrong.append(worker)
+            wrong.append(name)
             report.disagreeing[name] = (
                 f"lowest cosine {cosine:.6f} with {reference}, at least {worker.candidate.min_cosine} is needed"
             )
