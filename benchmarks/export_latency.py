@@ -439,7 +439,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-mixed", dest="mixed", action="store_false", help="leave out the batch of mixed lengths")
     add("--threads", type=positive, default=2, metavar="N", help="default: 2")
     add("--repeats", type=positive, default=15, metavar="N", help="rounds at each length (default: 15)")
-    add("--long-repeats", type=positive, default=3, metavar="N", help="rounds that are long (default: 3)")
+    add("--long-repeats", type=positive, default=3, metavar="N", help="rounds where one is long (default: 3)")
     add("--model", type=directory, metavar="DIR", help="checkpoint (default: ModernBERT-base, random weights)")
     add("--bundle", type=directory, metavar="DIR", help="our export of that checkpoint (default: export it now)")
     add("--work", type=Path, default=work, metavar="DIR", help=f"keeps checkpoint and exports (default: {work})")

@@ -118,6 +118,15 @@ def test_nobody_left_to_time_is_an_error(bundle: Path, tmp_path: Path, monkeypat
         bench(bundle, peers=[with_bundle(script(tmp_path, load), bundle)], **QUICK)
 
 
+def test_nobody_that_agrees_is_a_report(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN agrees with nothing, itself included: the report says so, and times nobody."""
+    monkeypatch.setattr("modernbert_runtime.bench.run.own_candidates", lambda *_, **__: [])
+    load = "e = Embedder.load(bundle); return lambda texts: e.embed(texts) * np.nan"
+    report = bench(bundle, peers=[with_bundle(script(tmp_path, load), bundle)], **QUICK)
+    assert report.disagreeing["other"].startswith("lowest cosine nan")
+    assert not report.latency
+
+
 def test_candidates_are_engines_times_precisions(bundle: Path) -> None:
     names = {candidate.name for candidate in own_candidates(str(bundle), Bundle.open(bundle).manifest, threads=None)}
     assert "onnxruntime fp32" in names

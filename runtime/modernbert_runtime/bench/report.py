@@ -54,7 +54,7 @@ class Report:
         cosines: candidate -> lowest cosine with the reference over the texts that all embedded.
         latency: batches of one text.
         throughput: batches of several texts of one length.
-        absent: candidate -> why it could not run.
+        absent: candidate -> why it could not run, or not to the end: what it did before stands in its rows.
         disagreeing: candidate -> why its times were not taken.
         skipped: rows -> why they were not measured.
     """
