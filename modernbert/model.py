@@ -40,9 +40,10 @@ from modernbert.recompute import keep_input
 
 logger = logging.getLogger(__name__)
 
-# Attention over q, k, v that are not rotated yet, for a layer of the given type. What surrounds it (packing, tables,
-# backend) is the caller's, so that the exporter runs these very layers with operators of its own.
-Attend = Callable[[Tensor, Tensor, Tensor, LayerType], Tensor]
+# Attention [..., H, K] over queries, keys and values side by side [..., 3 * H * K], not rotated yet, for a layer of the
+# given type. What surrounds it (packing, tables, backend) is the caller's, so that the exporter runs these very layers
+# with operators of its own.
+Attend = Callable[[Tensor, LayerType], Tensor]
 AttentionName = Literal["eager", "sdpa", "banded", "flex", "varlen"]
 
 
@@ -280,7 +281,8 @@ class ModernBertModel(ModernBertPreTrainedModel):
         }
         dropout = config.attention_dropout if self.training else 0.0
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+        def attend(qkv: Tensor, layer_type: LayerType) -> Tensor:
+            q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in qkv.chunk(3, dim=-1))
             radius = self._radius(layer_type)
             if config.num_global_tokens:
                 return attend_with_globals(
@@ -361,7 +363,6 @@ class ModernBertAttention(nn.Module):
     def __init__(self, config: ModernBertConfig, layer_type: LayerType) -> None:
         super().__init__()
         self.layer_type = layer_type
-        self.heads_shape = (config.num_attention_heads, config.head_dim)
         hidden, bias = config.hidden_size, config.attention_bias
         self.Wqkv = linear(hidden, 3 * hidden, bias=bias, std=config.initializer_range)
         self.Wo = linear(hidden, hidden, bias=bias, std=_narrow_std(config))
@@ -370,8 +371,7 @@ class ModernBertAttention(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module, attend: Attend) -> Tensor:
         """[..., D], and the norm that comes before -> [..., D]."""
         qkv = keep_input(lambda x: self.Wqkv(norm(x)), x)
-        q, k, v = (part.unflatten(-1, self.heads_shape) for part in qkv.chunk(3, dim=-1))
-        y = attend(q, k, v, self.layer_type)
+        y = attend(qkv, self.layer_type)
         return self.out_drop(self.Wo(y.flatten(-2)))
 
 

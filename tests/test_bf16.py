@@ -96,11 +96,15 @@ def test_it_is_so_where_no_fused_attention_is_had(
             apart.graph.node.append(node)
             continue
         (q, k, v, mask), (y,) = node.input, node.output
-        keys, scores, masked, weights = (f"{y}.{step}" for step in ("keys", "scores", "masked", "weights"))
+        steps = ("factor", "queries", "keys", "scores", "masked", "weights")
+        factor, queries, keys, scores, masked, weights = (f"{y}.{step}" for step in steps)
+        (scale,) = (attribute.f for attribute in node.attribute if attribute.name == "scale")
+        apart.graph.initializer.append(helper.make_tensor(factor, onnx.TensorProto.BFLOAT16, [], [scale]))
         apart.graph.node.extend(
             [
+                helper.make_node("Mul", [q, factor], [queries]),
                 helper.make_node("Transpose", [k], [keys], perm=[0, 1, 3, 2]),
-                helper.make_node("MatMul", [q, keys], [scores]),
+                helper.make_node("MatMul", [queries, keys], [scores]),
                 helper.make_node("Add", [scores, mask], [masked]),
                 helper.make_node("Softmax", [masked], [weights], axis=-1),
                 helper.make_node("MatMul", [weights, v], [y]),

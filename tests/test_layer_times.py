@@ -22,6 +22,6 @@ def test_every_layer_has_its_products(bundle: Path) -> None:
     assert set(places) == {node.name for node in graph.node}
     for layer, kind in enumerate(json.loads((bundle / "config.json").read_text())["layer_types"]):
         mine = [node.op_type for node in graph.node if places[node.name] == (layer, "linear layers")]
-        assert mine == ["MatMul"] * 7  # q, k, v, Wo, both halves of Wi, Wo
+        assert mine == ["MatMul"] * 6  # q with k, v, Wo, both halves of Wi, Wo
         attention = [node.op_type for node in graph.node if places[node.name] == (layer, "attention")]
         assert sorted(attention) == (["Loop"] if kind == "full_attention" else ["MatMul", "MatMul", "Softmax"])

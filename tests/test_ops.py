@@ -30,6 +30,8 @@ from modernbert_export.ops.packed_local_attention import PACKED_LOCAL_ATTENTION
 from modernbert_export.ops.rotary import ROTARY
 
 HEADS, SIZE = 2, 6
+# Not the usual one, so that a body that takes the usual one anyway shows.
+SCALE = 0.3
 # fp32 against float64: a softmax over at most some hundred keys and a mean of values of size 1.
 FP32 = dict(atol=5e-6, rtol=1e-5)
 # A key that is hidden by -1e9 has a weight of exactly 0, in any precision.
@@ -43,9 +45,13 @@ def qkv(batch: int, length: int) -> list[Tensor]:
     Large enough that softmax is far from uniform: a wrong key shows.
     """
     generator = torch.Generator().manual_seed(100 * batch + length)
-    q, k, v = (2 * torch.randn(batch, length, HEADS, SIZE, generator=generator) for _ in range(3))
-    # The operators take queries that are scaled already.
-    return [x.double() for x in (q * SIZE**-0.5, k, v)]
+    return [2 * torch.randn(batch, length, HEADS, SIZE, generator=generator).double() for _ in range(3)]
+
+
+def as_one(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The same with queries and keys as one tensor [B, S, 2 H, K], which stands for both."""
+    qk = torch.cat((q, k), dim=2)
+    return [qk, qk, v]
 
 
 def with_globals(batch: int, length: int, number: int = 2) -> list[Tensor]:
@@ -119,9 +125,9 @@ def run(session: onnxruntime.InferenceSession, op: GraphOp, *inputs: Tensor) -> 
 
 
 def by_eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, radius: int | None) -> Tensor:
-    """What the model computes on these tokens, [T, H, K]; it scales the queries itself."""
+    """What the model computes on these tokens, [T, H, K]. It scales the queries itself, by the usual factor."""
     packing = Packing.from_mask(mask)
-    return eager(*(packing.pack(x) for x in (q * SIZE**0.5, k, v)), packing, radius, 0.0)
+    return eager(*(packing.pack(x) for x in (q * SCALE * SIZE**0.5, k, v)), packing, radius, 0.0)
 
 
 def on_tokens(x: Tensor, mask: Tensor) -> Tensor:
@@ -167,11 +173,10 @@ def test_reference_is_the_models_attention(radius: int | None, batch: int) -> No
     for length in range(1, 3 * (radius or 5) + 3):
         inputs = qkv(batch, length)
         for padding, mask in masks(batch, length).items():
-            if radius is None:
-                y = GLOBAL_ATTENTION.torch_op(*inputs, key_bias(mask))
-            else:
-                y = LOCAL_ATTENTION.torch_op(*inputs, key_bias(mask), radius)
+            op, more = (GLOBAL_ATTENTION, []) if radius is None else (LOCAL_ATTENTION, [radius])
+            y = op.torch_op(*inputs, key_bias(mask), SCALE, *more)
             assert y.isfinite().all()
+            assert torch.equal(y, op.torch_op(*as_one(*inputs), key_bias(mask), SCALE, *more))
             want = by_eager(*inputs, mask, radius)
             torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
 
@@ -182,13 +187,13 @@ def test_reference_with_globals_is_the_models_attention(radius: int) -> None:
     for batch, length in product((1, 2, 3), range(1, 3 * radius + 3)):
         q, plain, k, v, global_k, global_v = with_globals(batch, length)
         for padding, mask in masks(batch, length).items():
-            y = WITH_GLOBALS.torch_op(q, plain, k, v, global_k, global_v, key_bias(mask), radius)
+            y = WITH_GLOBALS.torch_op(q, plain, k, v, global_k, global_v, key_bias(mask), SCALE, radius)
             packing = Packing.from_mask(mask)
             both, met, value = (
                 packing.pack(x) for x in (torch.cat((q, plain), -1), F.pad(k, (0, SIZE)), F.pad(v, (0, SIZE)))
             )
             shared = SharedKeys(k_BGHK=F.pad(global_k, (SIZE, 0)), v_BGHK=F.pad(global_v, (0, SIZE)))
-            want = eager(both * (2 * SIZE) ** 0.5, met, value, packing, radius, 0.0, shared)[..., :SIZE]
+            want = eager(both * SCALE * (2 * SIZE) ** 0.5, met, value, packing, radius, 0.0, shared)[..., :SIZE]
             torch.testing.assert_close(on_tokens(y, mask), want, **FP64, msg=lambda text, p=padding: f"{p}: {text}")
 
 
@@ -213,9 +218,11 @@ def test_operators_are_well_formed_for_torch_export(dtype: torch.dtype) -> None:
     for view in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         for op, arguments in (
             (ROTARY, (view(q), *tables)),
-            (GLOBAL_ATTENTION, (view(q), view(k), view(v), bias)),
-            (LOCAL_ATTENTION, (view(q), view(k), view(v), bias, 3)),
-            (WITH_GLOBALS, (*map(view, (q, q, k, v, k[:, :2], v[:, :2])), bias, 3)),
+            (GLOBAL_ATTENTION, (view(q), view(k), view(v), bias, SCALE)),
+            (GLOBAL_ATTENTION, (view(q)[:, :5], *map(view, as_one(q, k, v)[1:]), bias, SCALE)),
+            (LOCAL_ATTENTION, (view(q), view(k), view(v), bias, SCALE, 3)),
+            (LOCAL_ATTENTION, (*map(view, as_one(q, k, v)), bias, SCALE, 3)),
+            (WITH_GLOBALS, (*map(view, (q, q, k, v, k[:, :2], v[:, :2])), bias, SCALE, 3)),
         ):
             torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -227,58 +234,61 @@ def test_operators_are_well_formed_for_torch_export(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("radius", RADII)
 def test_local_attention_body_equals_its_reference(target: str, radius: int) -> None:
     op = LOCAL_ATTENTION
-    runner = session(op, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 2])
+    runner = session(op, target, dict(num_heads=HEADS, scale=SCALE, radius=radius), [4, 4, 4, 2])
     for batch, length in product((1, 2, 3), range(1, 3 * radius + 3)):
         inputs = qkv(batch, length)
         for padding, mask in masks(batch, length).items():
-            y = run(runner, op, *inputs, key_bias(mask))
-            want = op.torch_op(*inputs, key_bias(mask), radius)
-            check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
+            want = op.torch_op(*inputs, key_bias(mask), SCALE, radius)
+            for form in (inputs, as_one(*inputs)):
+                y = run(runner, op, *form, key_bias(mask))
+                check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)
 def test_local_attention_body_equals_its_reference_at_the_real_radius(target: str) -> None:
     op, radius = LOCAL_ATTENTION, 64
-    runner = session(op, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 2])
+    runner = session(op, target, dict(num_heads=HEADS, scale=SCALE, radius=radius), [4, 4, 4, 2])
     for length in (1, 63, 64, 65, 127, 128, 129, 130, 193, 300):
         inputs, mask = qkv(2, length), masks(2, length)["left"]
         y = run(runner, op, *inputs, key_bias(mask))
-        check(y, op.torch_op(*inputs, key_bias(mask), radius), mask, f"length {length}")
+        check(y, op.torch_op(*inputs, key_bias(mask), SCALE, radius), mask, f"length {length}")
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)
 @pytest.mark.parametrize("radius", RADII)
 def test_local_attention_with_globals_body_equals_its_reference(target: str, radius: int) -> None:
-    runner = session(WITH_GLOBALS, target, dict(num_heads=HEADS, radius=radius), [4, 4, 4, 4, 4, 4, 2])
+    runner = session(WITH_GLOBALS, target, dict(num_heads=HEADS, scale=SCALE, radius=radius), [4, 4, 4, 4, 4, 4, 2])
     for batch, length in product((1, 3), range(1, 3 * radius + 3)):
         inputs = with_globals(batch, length, number=1 + length % 3)
         for padding, mask in masks(batch, length).items():
             y = run(runner, WITH_GLOBALS, *inputs, key_bias(mask))
-            want = WITH_GLOBALS.torch_op(*inputs, key_bias(mask), radius)
+            want = WITH_GLOBALS.torch_op(*inputs, key_bias(mask), SCALE, radius)
             check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)
 def test_fewer_queries_than_keys(target: str) -> None:
-    runner = session(GLOBAL_ATTENTION, target, dict(num_heads=HEADS), [4, 4, 4, 2])
+    runner = session(GLOBAL_ATTENTION, target, dict(num_heads=HEADS, scale=SCALE), [4, 4, 4, 2])
     for queries, length in ((1, 5), (2, 2), (3, QUERY_BLOCK + 2), (QUERY_BLOCK + 1, QUERY_BLOCK + 3)):
         q, k, v = qkv(2, length)
         mask = masks(2, length)["right"]
         y = run(runner, GLOBAL_ATTENTION, q[:, :queries], k, v, key_bias(mask))
-        want = GLOBAL_ATTENTION.torch_op(q[:, :queries], k, v, key_bias(mask))
+        want = GLOBAL_ATTENTION.torch_op(q[:, :queries], k, v, key_bias(mask), SCALE)
         torch.testing.assert_close(y, want, **FP32, msg=lambda text, n=length: f"length {n}: {text}")
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)
 def test_global_attention_body_equals_its_reference(target: str) -> None:
     op = GLOBAL_ATTENTION
-    runner = session(op, target, dict(num_heads=HEADS), [4, 4, 4, 2])
+    runner = session(op, target, dict(num_heads=HEADS, scale=SCALE), [4, 4, 4, 2])
     edges = [edge + step for edge in (QUERY_BLOCK, 2 * QUERY_BLOCK) for step in (-1, 0, 1)]
     for batch, length in [*product((1, 2, 3), (1, 2, 3, 7, 16)), *product((1, 3), edges)]:
         inputs = qkv(batch, length)
         for padding, mask in masks(batch, length).items():
-            y = run(runner, op, *inputs, key_bias(mask))
-            check(y, op.torch_op(*inputs, key_bias(mask)), mask, f"batch {batch}, length {length}, padding {padding}")
+            want = op.torch_op(*inputs, key_bias(mask), SCALE)
+            for form in (inputs, as_one(*inputs)):
+                y = run(runner, op, *form, key_bias(mask))
+                check(y, want, mask, f"batch {batch}, length {length}, padding {padding}")
 
 
 @pytest.mark.parametrize(
@@ -295,14 +305,16 @@ def test_global_attention_body_equals_its_reference(target: str) -> None:
 def test_every_way_of_the_portable_body_equals_the_reference(batch: int, heads: int, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(batch, length, heads, SIZE, generator=generator).double() for _ in range(3))
-    runner = session(GLOBAL_ATTENTION, "portable", dict(num_heads=heads), [4, 4, 4, 2])
+    runner = session(GLOBAL_ATTENTION, "portable", dict(num_heads=heads, scale=SCALE), [4, 4, 4, 2])
     for padding in ("none", "right"):
         mask = masks(batch, length)[padding]
-        y = run(runner, GLOBAL_ATTENTION, q, k, v, key_bias(mask))
-        check(y, GLOBAL_ATTENTION.torch_op(q, k, v, key_bias(mask)), mask, f"padding {padding}")
+        want = GLOBAL_ATTENTION.torch_op(q, k, v, key_bias(mask), SCALE)
+        for form in ([q, k, v], as_one(q, k, v)):
+            y = run(runner, GLOBAL_ATTENTION, *form, key_bias(mask))
+            check(y, want, mask, f"padding {padding}")
     bias = key_bias(masks(batch, length)["holes"])
     few = run(runner, GLOBAL_ATTENTION, q[:, :5], k, v, bias)
-    torch.testing.assert_close(few, GLOBAL_ATTENTION.torch_op(q[:, :5], k, v, bias), **FP32)
+    torch.testing.assert_close(few, GLOBAL_ATTENTION.torch_op(q[:, :5], k, v, bias, SCALE), **FP32)
 
 
 @pytest.mark.parametrize("target", PADDED_TARGETS)
@@ -320,11 +332,11 @@ def test_extreme_scores_stay_finite(target: str, size: float) -> None:
     mask = masks(3, 11)["right"]
     inputs = [size * x for x in qkv(3, 11)[:2]] + qkv(3, 11)[2:]
     for op, attributes in ((LOCAL_ATTENTION, dict(radius=3)), (GLOBAL_ATTENTION, {})):
-        runner = session(op, target, dict(num_heads=HEADS, **attributes), [4, 4, 4, 2])
+        runner = session(op, target, dict(num_heads=HEADS, scale=SCALE, **attributes), [4, 4, 4, 2])
         y = run(runner, op, *inputs, key_bias(mask))
         assert y.isfinite().all()
         if size < 1:  # scores of 0: the mean over visible keys; a hidden one among them would show
-            check(y, op.torch_op(*inputs, key_bias(mask), *attributes.values()), mask, op.name)
+            check(y, op.torch_op(*inputs, key_bias(mask), SCALE, *attributes.values()), mask, op.name)
 
 
 def check(y: Tensor, want: Tensor, mask: Tensor, what: str) -> None:

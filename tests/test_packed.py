@@ -19,7 +19,7 @@ import transformers
 from conftest import TINY, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ops import FP32, FP64, HEADS, RADII, SIZE, all_nodes, run, session
+from test_ops import FP32, FP64, HEADS, RADII, SCALE, SIZE, all_nodes, as_one, run, session
 from test_runtime_tiny_bundle import write_tiny_bundle
 from torch import Tensor
 from typer.testing import CliRunner
@@ -55,10 +55,10 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def packed_qkv(lengths: Sequence[int]) -> list[Tensor]:
-    """Scaled q, k, v [1, T, H, K] of float64 that holds fp32 values, then documents and offsets."""
+    """q, k, v [1, T, H, K] of float64 that holds fp32 values, then documents and offsets."""
     generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
     q, k, v = (2 * torch.randn(1, sum(lengths), HEADS, SIZE, generator=generator) for _ in range(3))
-    return [*(x.double() for x in (q * SIZE**-0.5, k, v)), documents(offsets(lengths), sum(lengths)), offsets(lengths)]
+    return [*(x.double() for x in (q, k, v)), documents(offsets(lengths), sum(lengths)), offsets(lengths)]
 
 
 def mixes(radius: int) -> list[list[int]]:
@@ -87,9 +87,10 @@ def test_reference_is_the_models_attention(op: GraphOp, radius: int) -> None:
         packing = Packing.from_cu_seqlens(bounds)
         assert torch.equal(document, packing.sequence_T)
         within = radius if op is PACKED_LOCAL_ATTENTION else None
-        want = eager(*(x[0] for x in (q * SIZE**0.5, k, v)), packing, within, 0.0)
-        y = op.torch_op(q, k, v, document, bounds, radius)
+        want = eager(*(x[0] for x in (q * SCALE * SIZE**0.5, k, v)), packing, within, 0.0)
+        y = op.torch_op(q, k, v, document, bounds, SCALE, radius)
         torch.testing.assert_close(y[0], want, **FP64)
+        assert torch.equal(y, op.torch_op(*as_one(q, k, v), document, bounds, SCALE, radius))
 
 
 # ONNX Runtime's operator in tiles, and as it computes on ARM under Linux.
@@ -100,19 +101,21 @@ WAYS = [(PACKED_LOCAL_ATTENTION, "0"), (PACKED_GLOBAL_ATTENTION, "0"), (PACKED_G
 def test_body_equals_its_reference(op: GraphOp, no_tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_DISABLE_FLASH_ATTENTION", no_tiles)
     for radius in RADII:
-        runner = session(op, "packed", dict(num_heads=HEADS, radius=radius), [4, 4, 4, 1, 1])
+        runner = session(op, "packed", dict(num_heads=HEADS, scale=SCALE, radius=radius), [4, 4, 4, 1, 1])
         for lengths in mixes(radius):
-            inputs = packed_qkv(lengths)
-            want = op.torch_op(*inputs, radius)
-            y = run(runner, op, *inputs)
-            torch.testing.assert_close(y, want, **FP32, msg=lambda text, n=lengths, r=radius: f"{n}, {r}: {text}")
+            q, k, v, *of_documents = packed_qkv(lengths)
+            want = op.torch_op(q, k, v, *of_documents, SCALE, radius)
+            for form in ([q, k, v], as_one(q, k, v)):
+                y = run(runner, op, *form, *of_documents)
+                torch.testing.assert_close(y, want, **FP32, msg=lambda text, n=lengths, r=radius: f"{n}, {r}: {text}")
 
 
 @pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.name)
 def test_operators_are_well_formed_for_torch_export(op: GraphOp) -> None:
     q, k, v, document, bounds = packed_qkv([3, 6])
     view = q.transpose(1, 2).contiguous().transpose(1, 2)
-    for arguments in ((q, k, v, document, bounds, 3), (view, k, v, document, bounds, 3)):
+    for form in ((q, k, v), (view, k, v), as_one(q, k, v)):
+        arguments = (*form, document, bounds, SCALE, 3)
         torch.library.opcheck(op.torch_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

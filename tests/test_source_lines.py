@@ -50,11 +50,11 @@ def test_every_node_names_the_line_that_made_it(files: dict[Target, Path], targe
             assert layer[1] == str([each for each in nodes if each.op_type == "Attention"].index(node))
         if node.op_type in WRITTEN:
             assert any(call in line(source) for call in WRITTEN[node.op_type]), (node.op_type, source)
-    # One for each product of a layer: q, k, v, Wo, both halves of Wi, Wo.
-    written = [line(sources[node.name]) for node in nodes if node.op_type == "MatMul"][:7]
-    assert ["Wqkv" in text for text in written] == [True] * 3 + [False] * 4
-    assert ["Wi(" in text for text in written] == [False] * 4 + [True] * 2 + [False]
-    assert ["Wo(" in text for text in written] == [False] * 3 + [True] + [False] * 2 + [True]
+    # One for each product of a layer: q with k, v, Wo, both halves of Wi, Wo.
+    written = [line(sources[node.name]) for node in nodes if node.op_type == "MatMul"][:6]
+    assert ["Wqkv" in text for text in written] == [True] * 2 + [False] * 4
+    assert ["Wi(" in text for text in written] == [False] * 3 + [True] * 2 + [False]
+    assert ["Wo(" in text for text in written] == [False] * 2 + [True] + [False] * 2 + [True]
 
 
 def test_files_keep_no_path_of_this_machine_and_others_no_line_at_all(files: dict[Target, Path]) -> None:

@@ -50,18 +50,18 @@ class TracedPackedEmbedder(nn.Module):
     def forward(self, input_ids_T: Tensor, position_ids_T: Tensor, cu_seqlens_C: Tensor) -> tuple[Tensor, ...]:
         """The outputs, then the hidden states: the input of every layer, [1, T, D]."""
         config = self.model.config
-        scale = config.head_dim**-0.5
+        hidden_size, size = config.hidden_size, config.head_dim
         document_T = documents(cu_seqlens_C, input_ids_T.shape[0])
         tables = {}
         for layer_type in sorted(set(config.layer_types)):
-            cos, sin = rotary_tables(position_ids_T, config.rope_theta(layer_type), config.head_dim, torch.float32)
-            tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
+            cos, sin = rotary_tables(position_ids_T, config.rope_theta(layer_type), size, torch.float32)
+            tables[layer_type] = cos[:, 0], sin[:, 0]
 
-        def attend(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, layer_type: LayerType) -> Tensor:
-            table, scaled_table = tables[layer_type]
-            q_1THK, k_1THK = rotary(q_1THK, *scaled_table), rotary(k_1THK, *table)
+        def attend(qkv: Tensor, layer_type: LayerType) -> Tensor:
+            qk, v = (x.unflatten(-1, (-1, size)) for x in qkv.split((2 * hidden_size, hidden_size), dim=-1))
+            qk = rotary(qk, *tables[layer_type])
             attention = packed_global_attention if layer_type == "full_attention" else packed_local_attention
-            return attention(q_1THK, k_1THK, v_1THK, document_T, cu_seqlens_C, config.window_radius)
+            return attention(qk, qk, v, document_T, cu_seqlens_C, size**-0.5, config.window_radius)
 
         # As one row: linear layers become the very products that the padded form has, with the very weights.
         x_1TD, hidden = self.model.encode(self.model.embeddings(input_ids_T[None]), attend, keep_hidden=True)

@@ -1,15 +1,18 @@
-"""Splits a matrix product whose result is split: three products for q, k and v instead of one and two copies.
+"""Splits a matrix product whose result is split: products of their own instead of one and copies of its parts.
 
 The weights are cut instead of the activations, once instead of in every run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 
 
 class SplitMatMulPass(ir.passes.InPlacePass):
-    """Replaces MatMul(x, W) -> Split into equal parts of the last axis by one MatMul per part."""
+    """Replaces MatMul(x, W) -> Split of the last axis by one MatMul per part."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrites the main graph."""
@@ -22,7 +25,7 @@ class SplitMatMulPass(ir.passes.InPlacePass):
             assert x is not None
             assert weight is not None
             assert weight.const_value is not None
-            parts = _parts(weight, len(split.outputs))
+            parts = _parts(weight, _widths(split, weight))
             for output, part in zip(split.outputs, parts, strict=True):
                 model.graph.register_initializer(part)
                 product = ir.node("MatMul", [x, part], metadata_props=dict(matmul.metadata_props))
@@ -37,7 +40,7 @@ class SplitMatMulPass(ir.passes.InPlacePass):
 
 def _matmul_of(split: ir.Node) -> ir.Node | None:
     """The product with a constant that only this split reads, if it is one."""
-    if split.op_type != "Split" or split.domain or split.inputs[0] is None or len(split.inputs) > 1:
+    if split.op_type != "Split" or split.domain or split.inputs[0] is None:
         return None
     product = split.inputs[0]
     matmul = product.producer()
@@ -48,16 +51,24 @@ def _matmul_of(split: ir.Node) -> ir.Node | None:
         return None
     axis = split.attributes.get_int("axis", 0)
     last = product.shape is not None and axis in (-1, len(product.shape) - 1)
-    return matmul if last and weight.const_value.numpy().shape[1] % len(split.outputs) == 0 else None
+    return matmul if last and sum(_widths(split, weight)) == weight.shape[1] else None
 
 
-def _parts(weight: ir.Value, count: int) -> list[ir.Value]:
+def _widths(split: ir.Node, weight: ir.Value) -> list[int]:
+    """Of the parts: constants of the graph, or equal. Empty where they are neither."""
     assert weight.const_value is not None
-    columns = weight.const_value.numpy()
-    width = columns.shape[1] // count
+    sizes = split.inputs[1] if len(split.inputs) > 1 else None
+    if sizes is None:
+        return [weight.const_value.numpy().shape[1] // len(split.outputs)] * len(split.outputs)
+    return [] if sizes.const_value is None else sizes.const_value.numpy().tolist()
+
+
+def _parts(weight: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+    assert weight.const_value is not None
+    columns = np.split(weight.const_value.numpy(), np.cumsum(widths)[:-1], axis=1)
     parts = []
-    for index in range(count):
+    for index, part in enumerate(columns):
         name = f"{weight.name}_{index}"
-        tensor = ir.tensor(columns[:, index * width : (index + 1) * width].copy(), name=name)
+        tensor = ir.tensor(part.copy(), name=name)
         parts.append(ir.val(name, const_value=tensor))
     return parts

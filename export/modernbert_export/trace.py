@@ -51,48 +51,44 @@ class TracedEmbedder(nn.Module):
         # fp32 whatever the rest is, as are the tables: bodies of operators bound or cast it as they need.
         key_bias_BS = (1 - attention_mask.to(torch.float32)) * HIDDEN_KEY
         position_S = torch.arange(input_ids.shape[1])
-        # Scores are scaled by way of the queries, and these by way of their tables, where it costs nothing.
-        scale = config.head_dim**-0.5
+        hidden_size, size = config.hidden_size, config.head_dim
+        scale = size**-0.5
         tables = {}
         for layer_type in sorted(set(config.layer_types)):
-            cos, sin = rotary_tables(position_S, config.rope_theta(layer_type), config.head_dim, torch.float32)
-            tables[layer_type] = (cos[:, 0], sin[:, 0]), (cos[:, 0] * scale, sin[:, 0] * scale)
+            cos, sin = rotary_tables(position_S, config.rope_theta(layer_type), size, torch.float32)
+            tables[layer_type] = cos[:, 0], sin[:, 0]
         if number:
             # In front of the tokens, so that both are slices of constant bounds, whose shapes parsers can tell.
             globals_1GD = self.model.embeddings.global_rows(1)[None]
             x = torch.cat((globals_1GD.expand(x.shape[0], -1, -1), x), dim=1)
             all_bias_BX = F.pad(key_bias_BS, (number, 0))
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
-            """Of all rows [B, X, H, K]."""
+        def attend(qkv: Tensor, layer_type: LayerType) -> Tensor:
+            """Of all rows [B, X, 3 D]."""
             if number:
-                return attend_with_globals(q, k, v, layer_type)
-            q, k = rotated(q, k, layer_type)
+                return attend_with_globals(qkv, layer_type)
+            # Queries and keys stay one tensor (`ops.heads`): one product and one rotation.
+            qk, v = (x.unflatten(-1, (-1, size)) for x in qkv.split((2 * hidden_size, hidden_size), dim=-1))
+            qk = rotary(qk, *tables[layer_type])
             if layer_type == "full_attention":
-                return global_attention(q, k, v, key_bias_BS)
-            return local_attention(q, k, v, key_bias_BS, config.window_radius)
+                return global_attention(qk, qk, v, key_bias_BS, scale)
+            return local_attention(qk, qk, v, key_bias_BS, scale, config.window_radius)
 
-        def rotated(q: Tensor, k: Tensor, layer_type: LayerType) -> tuple[Tensor, Tensor]:
-            table, scaled_table = tables[layer_type]
-            return rotary(q, *scaled_table), rotary(k, *table)
-
-        def attend_with_globals(q: Tensor, k: Tensor, v: Tensor, layer_type: LayerType) -> Tensor:
+        def attend_with_globals(qkv: Tensor, layer_type: LayerType) -> Tensor:
             """See `modernbert.global_tokens`, whose padded twin this is."""
-            plain_q = q * scale
-            from_globals = global_attention(plain_q[:, :number], k, v, all_bias_BX)
-            plain_q, global_k = plain_q[:, number:], k[:, :number]
-            q, k = rotated(q[:, number:], k[:, number:], layer_type)
+            q, k, v = (x.unflatten(-1, (-1, size)) for x in qkv.chunk(3, dim=-1))
+            from_globals = global_attention(q[:, :number], k, v, all_bias_BX, scale)
+            plain_q, global_k = q[:, number:], k[:, :number]
+            q, k = rotary(plain_q, *tables[layer_type]), rotary(k[:, number:], *tables[layer_type])
             if layer_type == "full_attention":
                 # A query is both, rotated and not; a key has zeros where it is not met, a value for the size's sake.
-                size = config.head_dim
+                both_q = torch.cat((q, plain_q), dim=-1)
                 keys = torch.cat((F.pad(global_k, (size, 0)), F.pad(k, (0, size))), dim=1)
-                y = global_attention(torch.cat((q, plain_q), dim=-1), keys, F.pad(v, (0, size)), all_bias_BX)[
-                    ..., :size
-                ]
+                y = global_attention(both_q, keys, F.pad(v, (0, size)), all_bias_BX, scale)[..., :size]
             else:
                 global_v, v = v[:, :number], v[:, number:]
                 y = local_attention_with_globals(
-                    q, plain_q, k, v, global_k, global_v, key_bias_BS, config.window_radius
+                    q, plain_q, k, v, global_k, global_v, key_bias_BS, scale, config.window_radius
                 )
             return torch.cat((from_globals, y), dim=1)
 

@@ -4,7 +4,8 @@ Both are one gather of rows, a vector of K for each head of each token: no trans
 which would be one more copy. The positions depend on shapes and mask alone: they are the same in all layers, and merged
 there.
 
-Shapes: B batch, S sequence, H heads, K size of a head, N blocks, W or L tokens of a block.
+Shapes: B batch, S sequence, J heads of a tensor, of which H are taken, K size of a head, N blocks, W or L tokens of a
+block.
 """
 
 from onnxscript import opset20 as op
@@ -14,12 +15,12 @@ from modernbert_export.ops.op import OPSET
 
 
 @script(OPSET)
-def ModernBertBlocks(x, token_NL, num_heads: int):
-    """The tokens [N, L] of x [B, S, H, K], as [B, H, N, L, K]."""
-    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
-    head_H11 = op.Unsqueeze(op.Range(0, op.Squeeze(heads), 1), [1, 2])
+def ModernBertBlocks(x, token_NL, first, num_heads: int):
+    """The tokens [N, L] of x [B, S, J, K], of each the heads from the `first` [1] on, as [B, H, N, L, K]."""
+    head_H = first + op.Range(0, op.Squeeze(op.Reshape(op.Constant(value_int=num_heads), [1])), 1)
     rows = op.Concat([0, -1], op.Shape(x, start=3), axis=0)  # 0 keeps an axis
-    return op.Gather(op.Reshape(x, rows), token_NL * heads + head_H11, axis=1)
+    row_HNL = token_NL * op.Shape(x, start=2, end=3) + op.Unsqueeze(head_H, [1, 2])
+    return op.Gather(op.Reshape(x, rows), row_HNL, axis=1)
 
 
 @script(OPSET)

@@ -1,7 +1,9 @@
 """`ModernBertLocalAttention`: sliding-window attention, |q - k| <= radius, as a band of blocks (`ops.band`).
 
-Shapes: B batch, H heads, S sequence, K size of a head, N blocks, W queries of a block, L keys that it meets, M = N + 2,
-X = B * N.
+q and k may be one tensor of both, see `ops.heads`.
+
+Shapes: B batch, S sequence, H heads, J heads of q or k, K size of a head, N blocks, W queries of a block, L keys that
+it meets, M = N + 2, X = B * N.
 """
 
 import torch
@@ -13,36 +15,41 @@ from torch import Tensor
 
 from modernbert_export.ops.band import ModernBertBand
 from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
+from modernbert_export.ops.heads import ModernBertQueriesAndKeys, queries_and_keys
 from modernbert_export.ops.op import HIDDEN_KEY, HIDDEN_KEY_HALF, OPSET, GraphOp
 
 
 @torch.library.custom_op("modernbert::local_attention", mutates_args=())
-def local_attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
-    """Softmax attention [B, S, H, K] within the window, of scaled queries; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
-    position = torch.arange(q_BSHK.shape[1], device=q_BSHK.device)
+def local_attention(
+    q_BSJK: Tensor, k_BSJK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, scale: float, radius: int
+) -> Tensor:
+    """Softmax attention [B, S, H, K] within the window; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    position = torch.arange(v_BSHK.shape[1], device=v_BSHK.device)
     far_SS = (position[:, None] - position).abs() > radius
-    bias_BSS = key_bias_BS[:, None, :] + HIDDEN_KEY * far_SS.to(q_BSHK.dtype)
-    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-    y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=bias_BSS[:, None], scale=1.0)
+    bias_BSS = key_bias_BS[:, None, :] + HIDDEN_KEY * far_SS.to(v_BSHK.dtype)
+    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (*queries_and_keys(q_BSJK, k_BSJK, v_BSHK), v_BSHK))
+    y_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=bias_BSS[:, None], scale=scale)
     return y_BHSK.transpose(1, 2).contiguous()
 
 
 @local_attention.register_fake
-def _(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, radius: int) -> Tensor:
+def _(q_BSJK: Tensor, k_BSJK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, scale: float, radius: int) -> Tensor:
     return torch.empty_like(v_BSHK, memory_format=torch.contiguous_format)
 
 
-def _node(q, k, v, key_bias, radius):
-    return OPSET.ModernBertLocalAttention(q, k, v, key_bias, num_heads=q.shape[2], radius=radius)
+def _node(q, k, v, key_bias, scale, radius):
+    return OPSET.ModernBertLocalAttention(q, k, v, key_bias, num_heads=v.shape[2], scale=scale, radius=radius)
 
 
 @script(OPSET)
-def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
+def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     """Banded, standard operators."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    q_BHNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
-    k_BHNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
-    v_BHNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    q_BHNWK = ModernBertBlocks(q, query_NW, [0], num_heads=num_heads)
+    k_BHNLK = ModernBertBlocks(k, key_NL, op.Shape(k, start=2, end=3) - heads, num_heads=num_heads)
+    v_BHNLK = ModernBertBlocks(v, key_NL, [0], num_heads=num_heads)
+    q_BHNWK = q_BHNWK * op.CastLike(op.Constant(value_float=scale), q)  # engines make it a part of the product
     # In the bias's precision, which stays fp32 where q is fp16.
     scores_BHNWL = op.CastLike(op.MatMul(q_BHNWK, op.Transpose(k_BHNLK, perm=[0, 1, 2, 4, 3])), key_bias) + bias_B1NWL
     y_BHNWK = op.MatMul(op.CastLike(op.Softmax(scores_BHNWL, axis=-1), v), v_BHNLK)
@@ -50,15 +57,16 @@ def ModernBertLocalAttention(q, k, v, key_bias, num_heads: int, radius: int):
 
 
 @script(OPSET)
-def native_banded(q, k, v, key_bias, num_heads: int, radius: int):
+def native_banded(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     """One native Attention over all blocks of all sequences, [B * N, H, W or L, K].
 
     Blocks of keys are cut and joined, not gathered, and what is added at the ends is hidden. Head count and block sizes
     are static, as the TensorRT parser wants them. A padded query sees at least its own block: no row is empty.
     """
+    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
     batch, length = op23.Split(op23.Shape(key_bias), num_outputs=2)
     heads = op23.Reshape(op23.Constant(value_int=num_heads), [1])
-    size = op23.Shape(q, start=3)
+    size = op23.Shape(v, start=3)
     width = op23.Reshape(op23.Constant(value_int=radius), [1])
     blocks = (length + width - 1) / width
     rest = blocks * width - length
@@ -103,7 +111,7 @@ def native_banded(q, k, v, key_bias, num_heads: int, radius: int):
     kv_shape = op23.Concat([-1], heads, width * 3, size, axis=0)
     k_XHLK = op23.Reshape(op23.Transpose(k_BHNLK, perm=[0, 2, 1, 3, 4]), kv_shape)
     v_XHLK = op23.Reshape(op23.Transpose(v_BHNLK, perm=[0, 2, 1, 3, 4]), kv_shape)
-    y_XHWK = op23.Attention(q_XHWK, k_XHLK, v_XHLK, bias_X1WL, scale=1.0)
+    y_XHWK = op23.Attention(q_XHWK, k_XHLK, v_XHLK, bias_X1WL, scale=scale)
     y_BNHWK = op23.Reshape(y_XHWK, op23.Concat(batch, blocks, heads, width, size, axis=0))
     y_shape = op23.Concat(batch, heads, blocks * width, size, axis=0)
     y_BHSK = op23.Reshape(op23.Transpose(y_BNHWK, perm=[0, 2, 1, 3, 4]), y_shape)
@@ -111,8 +119,9 @@ def native_banded(q, k, v, key_bias, num_heads: int, radius: int):
 
 
 @script(OPSET)
-def native_dense(q, k, v, key_bias, num_heads: int, radius: int):
+def native_dense(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     """One native Attention with the window in its bias: S * S work, and the better bargain while S is short."""
+    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
     length = op23.Shape(key_bias, start=1)
     hidden = op23.CastLike(HIDDEN_KEY_HALF, key_bias)
     position_S = op23.Range(0, op23.Squeeze(length), 1)
@@ -122,7 +131,7 @@ def native_dense(q, k, v, key_bias, num_heads: int, radius: int):
     q_BHSK = op23.Transpose(q, perm=[0, 2, 1, 3])
     k_BHSK = op23.Transpose(k, perm=[0, 2, 1, 3])
     v_BHSK = op23.Transpose(v, perm=[0, 2, 1, 3])
-    y_BHSK = op23.Attention(q_BHSK, k_BHSK, v_BHSK, op23.CastLike(bias_B1SS, q), scale=1.0)
+    y_BHSK = op23.Attention(q_BHSK, k_BHSK, v_BHSK, op23.CastLike(bias_B1SS, q), scale=scale)
     return op23.Transpose(y_BHSK, perm=[0, 2, 1, 3])
 
 
@@ -131,7 +140,7 @@ LOCAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.local_attention.default,
     node=_node,
     inputs=("q", "k", "v", "key_bias"),
-    attributes=("num_heads", "radius"),
+    attributes=("num_heads", "scale", "radius"),
     bodies={
         "portable": ModernBertLocalAttention,
         "openvino": ModernBertLocalAttention,

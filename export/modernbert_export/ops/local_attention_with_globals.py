@@ -29,10 +29,11 @@ def local_attention_with_globals(
     global_k_BGHK: Tensor,
     global_v_BGHK: Tensor,
     key_bias_BS: Tensor,
+    scale: float,
     radius: int,
 ) -> Tensor:
-    """Softmax attention [B, S, H, K] of scaled queries, rotated and not; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
-    tokens = (x.transpose(1, 2) for x in (q_BSHK, plain_q_BSHK, k_BSHK, v_BSHK))
+    """Softmax attention [B, S, H, K] of queries, rotated and not; `key_bias_BS` is 0 or `HIDDEN_KEY`."""
+    tokens = (x.transpose(1, 2) for x in (scale * q_BSHK, scale * plain_q_BSHK, k_BSHK, v_BSHK))
     q_BHSK, plain_q_BHSK, k_BHSK, v_BHSK = tokens
     global_k_BHGK, global_v_BHGK = global_k_BGHK.transpose(1, 2), global_v_BGHK.transpose(1, 2)
     position = torch.arange(q_BHSK.shape[2], device=q_BHSK.device)
@@ -52,25 +53,29 @@ def _(
     global_k_BGHK: Tensor,
     global_v_BGHK: Tensor,
     key_bias_BS: Tensor,
+    scale: float,
     radius: int,
 ) -> Tensor:
     return torch.empty_like(q_BSHK, memory_format=torch.contiguous_format)
 
 
-def _node(q, plain_q, k, v, global_k, global_v, key_bias, radius):
+def _node(q, plain_q, k, v, global_k, global_v, key_bias, scale, radius):
     return OPSET.ModernBertLocalAttentionWithGlobals(
-        q, plain_q, k, v, global_k, global_v, key_bias, num_heads=q.shape[2], radius=radius
+        q, plain_q, k, v, global_k, global_v, key_bias, num_heads=v.shape[2], scale=scale, radius=radius
     )
 
 
 @script(OPSET)
-def ModernBertLocalAttentionWithGlobals(q, plain_q, k, v, global_k, global_v, key_bias, num_heads: int, radius: int):
+def ModernBertLocalAttentionWithGlobals(
+    q, plain_q, k, v, global_k, global_v, key_bias, num_heads: int, scale: float, radius: int
+):
     """Banded. Scores of the window and of the global keys stand side by side for the softmax only."""
     query_NW, key_NL, bias_B1NWL = ModernBertBand(key_bias, radius=radius)
-    q_BHNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
-    plain_BHNWK = ModernBertBlocks(plain_q, query_NW, num_heads=num_heads)
-    k_BHNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
-    v_BHNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
+    factor = op.CastLike(op.Constant(value_float=scale), q)  # engines make it a part of the products
+    q_BHNWK = ModernBertBlocks(q, query_NW, [0], num_heads=num_heads) * factor
+    plain_BHNWK = ModernBertBlocks(plain_q, query_NW, [0], num_heads=num_heads) * factor
+    k_BHNLK = ModernBertBlocks(k, key_NL, [0], num_heads=num_heads)
+    v_BHNLK = ModernBertBlocks(v, key_NL, [0], num_heads=num_heads)
     global_k_BH1KG = op.Unsqueeze(op.Transpose(global_k, perm=[0, 2, 3, 1]), [2])
     global_v_BH1GK = op.Unsqueeze(op.Transpose(global_v, perm=[0, 2, 1, 3]), [2])
     # In the bias's precision, which stays fp32 where q is fp16.
@@ -89,7 +94,7 @@ LOCAL_ATTENTION_WITH_GLOBALS = GraphOp(
     torch_op=torch.ops.modernbert.local_attention_with_globals.default,
     node=_node,
     inputs=("q", "plain_q", "k", "v", "global_k", "global_v", "key_bias"),
-    attributes=("num_heads", "radius"),
+    attributes=("num_heads", "scale", "radius"),
     bodies=dict.fromkeys(PADDED_TARGETS, ModernBertLocalAttentionWithGlobals),
     float_inputs=("key_bias",),
 )

@@ -7,7 +7,10 @@ Two ways to the same result, chosen by the documents' lengths when the graph run
   (FlashAttention) where ONNX Runtime knows the size of the CPU's second-level cache. Elsewhere, as on ARM under Linux,
   it stores scores: long documents are cut into blocks of queries, so that memory stays bounded there, too.
 
-Shapes: H heads, T packed tokens, K size of a head, D = H * K, C = documents + 1, N blocks, W queries of a block.
+q and k may be one tensor of both, see `ops.heads`.
+
+Shapes: H heads, J heads of q or k, T packed tokens, K size of a head, D = H * K, E = J * K, C = documents + 1, N
+blocks, W queries of a block.
 """
 
 import torch
@@ -25,25 +28,42 @@ QUERY_BLOCK = 1024
 
 @torch.library.custom_op("modernbert::packed_global_attention", mutates_args=())
 def packed_global_attention(
-    q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
+    q_1TJK: Tensor,
+    k_1TJK: Tensor,
+    v_1THK: Tensor,
+    document_T: Tensor,
+    cu_seqlens_C: Tensor,
+    scale: float,
+    radius: int,
 ) -> Tensor:
-    """Softmax attention [1, T, H, K] of scaled queries within the document; `radius` changes how, not what."""
-    return attend_where(q_1THK, k_1THK, v_1THK, document_T[:, None] == document_T)
+    """Softmax attention [1, T, H, K] within the document; `radius` changes how, not what."""
+    return attend_where(q_1TJK, k_1TJK, v_1THK, scale, document_T[:, None] == document_T)
 
 
 @packed_global_attention.register_fake
-def _(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
-    return torch.empty_like(q_1THK, memory_format=torch.contiguous_format)
+def _(
+    q_1TJK: Tensor,
+    k_1TJK: Tensor,
+    v_1THK: Tensor,
+    document_T: Tensor,
+    cu_seqlens_C: Tensor,
+    scale: float,
+    radius: int,
+) -> Tensor:
+    return torch.empty_like(v_1THK, memory_format=torch.contiguous_format)
 
 
-def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[2], radius=radius)
+def _node(q, k, v, document, cu_seqlens, scale, radius):
+    return OPSET.ModernBertPackedGlobalAttention(
+        q, k, v, document, cu_seqlens, num_heads=v.shape[2], scale=scale, radius=radius
+    )
 
 
 @script(OPSET)
-def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int):
+def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int, scale: float):
     """Every document in blocks of `QUERY_BLOCK` queries from its first token on, each against all of its keys."""
-    q_1TD, k_1TD, v_1TD = op.Reshape(q, [0, 0, -1]), op.Reshape(k, [0, 0, -1]), op.Reshape(v, [0, 0, -1])
+    q_1TE, k_1TE, v_1TD = op.Reshape(q, [0, 0, -1]), op.Reshape(k, [0, 0, -1]), op.Reshape(v, [0, 0, -1])
+    width, k_width = op.Shape(v_1TD, start=2), op.Shape(k_1TE, start=2)
     token_T = op.Range(0, op.Squeeze(op.Shape(document)), 1)
     place_T = token_T - op.Gather(cu_seqlens, document)
     first_N = op.Compress(token_T, op.Equal(op.Mod(place_T, QUERY_BLOCK), 0))
@@ -52,12 +72,13 @@ def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int):
         first = op.Gather(first_N, op.Reshape(block, [1]))
         mine = op.Gather(document, first)
         start, end = op.Gather(cu_seqlens, mine), op.Gather(cu_seqlens, mine + 1)
+        last = op.Min(first + QUERY_BLOCK, end)
         y_1WD = MICROSOFT.MultiHeadAttention(
-            op.Slice(q_1TD, first, op.Min(first + QUERY_BLOCK, end), [1]),
-            op.Slice(k_1TD, start, end, [1]),
+            op.Slice(q_1TE, op.Concat(first, [0], axis=0), op.Concat(last, width, axis=0), [1, 2]),
+            op.Slice(k_1TE, op.Concat(start, k_width - width, axis=0), op.Concat(end, k_width, axis=0), [1, 2]),
             op.Slice(v_1TD, start, end, [1]),
             num_heads=num_heads,
-            scale=1.0,
+            scale=scale,
         )
         blocks_1WD = op.SequenceInsert(blocks_1WD, y_1WD)
     heads = op.Reshape(op.Constant(value_int=num_heads), [1])
@@ -65,13 +86,15 @@ def ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads: int):
 
 
 @script(OPSET)
-def ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads: int, radius: int):
+def ModernBertPackedGlobalAttention(q, k, v, document, cu_seqlens, num_heads: int, scale: float, radius: int):
     """The way that the documents' lengths allow."""
     length_B = op.Slice(cu_seqlens, [1], [2147483647]) - op.Slice(cu_seqlens, [0], [-1])
     if op.ReduceMax(length_B, keepdims=0) <= op.Constant(value_int=radius) + 1:
-        y = ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads=num_heads, radius=radius)
+        y = ModernBertPackedLocalAttention(
+            q, k, v, document, cu_seqlens, num_heads=num_heads, scale=scale, radius=radius
+        )
     else:
-        y = ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads=num_heads)
+        y = ModernBertPackedBlocks(q, k, v, document, cu_seqlens, num_heads=num_heads, scale=scale)
     return y
 
 
@@ -80,7 +103,7 @@ PACKED_GLOBAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.packed_global_attention.default,
     node=_node,
     inputs=("q", "k", "v", "document", "cu_seqlens"),
-    attributes=("num_heads", "radius"),
+    attributes=("num_heads", "scale", "radius"),
     bodies={"packed": ModernBertPackedGlobalAttention},
     integer_inputs=("document", "cu_seqlens"),
 )

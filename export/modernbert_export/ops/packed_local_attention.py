@@ -4,8 +4,10 @@ The band of `ops.band` over all tokens of all documents at once: a token sees th
 window, wherever a block begins. No token looks further than its document reaches, so short documents make the band
 narrower than the window.
 
-Shapes: H heads, T packed tokens, K size of a head, C = documents + 1, N blocks, W queries of a block, L keys that it
-meets.
+q and k may be one tensor of both, see `ops.heads`.
+
+Shapes: H heads, J heads of q or k, T packed tokens, K size of a head, C = documents + 1, N blocks, W queries of a
+block, L keys that it meets.
 """
 
 import torch
@@ -14,6 +16,7 @@ from onnxscript import script
 from torch import Tensor
 
 from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
+from modernbert_export.ops.heads import queries_and_keys
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
 
 # Blocks are never narrower: smaller matrix products cost more per element than they save.
@@ -22,31 +25,47 @@ NARROWEST = 32
 
 @torch.library.custom_op("modernbert::packed_local_attention", mutates_args=())
 def packed_local_attention(
-    q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int
+    q_1TJK: Tensor,
+    k_1TJK: Tensor,
+    v_1THK: Tensor,
+    document_T: Tensor,
+    cu_seqlens_C: Tensor,
+    scale: float,
+    radius: int,
 ) -> Tensor:
-    """Softmax attention [1, T, H, K] of scaled queries within the window and the document.
+    """Softmax attention [1, T, H, K] within the window and the document.
 
     `document_T` numbers each token's document, from 0 on; `cu_seqlens_C` are the documents' offsets.
     """
-    token_T = torch.arange(q_1THK.shape[1], device=q_1THK.device)
+    token_T = torch.arange(v_1THK.shape[1], device=v_1THK.device)
     seen_TT = (token_T[:, None] - token_T).abs() <= radius
-    return attend_where(q_1THK, k_1THK, v_1THK, seen_TT & (document_T[:, None] == document_T))
+    return attend_where(q_1TJK, k_1TJK, v_1THK, scale, seen_TT & (document_T[:, None] == document_T))
 
 
-def attend_where(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, seen_TT: Tensor) -> Tensor:
-    """The reference of both packed operators: softmax attention of scaled queries over the keys that each may see."""
-    q_1HTK, k_1HTK, v_1HTK = (x.transpose(1, 2) for x in (q_1THK, k_1THK, v_1THK))
-    scores_1HTT = (q_1HTK @ k_1HTK.mT).masked_fill(~seen_TT, float("-inf"))
+def attend_where(q_1TJK: Tensor, k_1TJK: Tensor, v_1THK: Tensor, scale: float, seen_TT: Tensor) -> Tensor:
+    """The reference of both packed operators: softmax attention over the keys that each query may see."""
+    q_1HTK, k_1HTK, v_1HTK = (x.transpose(1, 2) for x in (*queries_and_keys(q_1TJK, k_1TJK, v_1THK), v_1THK))
+    scores_1HTT = (scale * q_1HTK @ k_1HTK.mT).masked_fill(~seen_TT, float("-inf"))
     return (scores_1HTT.softmax(-1) @ v_1HTK).transpose(1, 2).contiguous()
 
 
 @packed_local_attention.register_fake
-def _(q_1THK: Tensor, k_1THK: Tensor, v_1THK: Tensor, document_T: Tensor, cu_seqlens_C: Tensor, radius: int) -> Tensor:
-    return torch.empty_like(q_1THK, memory_format=torch.contiguous_format)
+def _(
+    q_1TJK: Tensor,
+    k_1TJK: Tensor,
+    v_1THK: Tensor,
+    document_T: Tensor,
+    cu_seqlens_C: Tensor,
+    scale: float,
+    radius: int,
+) -> Tensor:
+    return torch.empty_like(v_1THK, memory_format=torch.contiguous_format)
 
 
-def _node(q, k, v, document, cu_seqlens, radius):
-    return OPSET.ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads=q.shape[2], radius=radius)
+def _node(q, k, v, document, cu_seqlens, scale, radius):
+    return OPSET.ModernBertPackedLocalAttention(
+        q, k, v, document, cu_seqlens, num_heads=v.shape[2], scale=scale, radius=radius
+    )
 
 
 @script(OPSET)
@@ -75,12 +94,14 @@ def ModernBertPackedBand(document, cu_seqlens, radius: int):
 
 
 @script(OPSET)
-def ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads: int, radius: int):
+def ModernBertPackedLocalAttention(q, k, v, document, cu_seqlens, num_heads: int, scale: float, radius: int):
     """Banded, standard operators."""
     query_NW, key_NL, bias_NWL = ModernBertPackedBand(document, cu_seqlens, radius=radius)
-    q_1HNWK = ModernBertBlocks(q, query_NW, num_heads=num_heads)
-    k_1HNLK = ModernBertBlocks(k, key_NL, num_heads=num_heads)
-    v_1HNLK = ModernBertBlocks(v, key_NL, num_heads=num_heads)
+    heads = op.Reshape(op.Constant(value_int=num_heads), [1])
+    q_1HNWK = ModernBertBlocks(q, query_NW, [0], num_heads=num_heads)
+    k_1HNLK = ModernBertBlocks(k, key_NL, op.Shape(k, start=2, end=3) - heads, num_heads=num_heads)
+    v_1HNLK = ModernBertBlocks(v, key_NL, [0], num_heads=num_heads)
+    q_1HNWK = q_1HNWK * op.CastLike(op.Constant(value_float=scale), q)  # ONNX Runtime makes it a part of the product
     # Scores in the bias's precision, fp32.
     scores_1HNWL = op.CastLike(op.MatMul(q_1HNWK, op.Transpose(k_1HNLK, perm=[0, 1, 2, 4, 3])), bias_NWL) + bias_NWL
     y_1HNWK = op.MatMul(op.CastLike(op.Softmax(scores_1HNWL, axis=-1), v), v_1HNLK)
@@ -92,7 +113,7 @@ PACKED_LOCAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.packed_local_attention.default,
     node=_node,
     inputs=("q", "k", "v", "document", "cu_seqlens"),
-    attributes=("num_heads", "radius"),
+    attributes=("num_heads", "scale", "radius"),
     bodies={"packed": ModernBertPackedLocalAttention},
     integer_inputs=("document", "cu_seqlens"),
 )
