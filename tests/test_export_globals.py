@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import TINY, randomise, write_checkpoint
@@ -60,6 +61,16 @@ def test_every_lowering_passes_the_grid(bundle: Path) -> None:
     for report in reports:
         assert {row["reference"] for row in report["comparisons"]} == {"float64 eager"}
         assert report["notes"] == ["transformers has no global tokens: the one reference is our own model in float64."]
+
+
+def test_queries_and_keys_that_stand_apart_are_not_cut(bundle: Path) -> None:
+    # Portable bodies gather heads; what they slice is what the model slices.
+    slices = {
+        artifact.target: sum(node.op_type == "Slice" for node in onnx.load(bundle / artifact.file).graph.node)
+        for artifact in Bundle.open(bundle).manifest.artifacts
+    }
+    assert len(slices) == 5
+    assert set(slices.values()) == {slices["portable"]}
 
 
 def test_each_artifact_pools_the_first_global_token(bundle: Path, with_globals: Path) -> None:

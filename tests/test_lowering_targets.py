@@ -171,6 +171,8 @@ def test_targets_differ_where_they_are_meant_to(lowered: Lowered) -> None:
         assert kinds[target]["Softmax"] == kinds[target]["Loop"] == kinds[target]["If"] == 0
         # Positions are made once and not in every layer.
         assert kinds[target]["Range"] == 1
+    # Of queries with keys, values and results. Rotation and attention want heads in front: they share the first.
+    assert kinds["tensorrt-dense"]["Transpose"] == 3 * layers
 
 
 def test_names_between_layers_survive(lowered: Lowered) -> None:

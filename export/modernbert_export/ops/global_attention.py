@@ -3,8 +3,8 @@
 The portable body makes few scores at a time, so that memory stays bounded and a CPU's cache holds them; the others
 leave that to their engine. q and k may be one tensor of both, see `ops.heads`.
 
-Shapes: B batch, H heads, J heads of q or k, Q queries, S keys, K size of a head; R rows, a vector of K for each head of
-each token; P pairs of a text and a head, X groups of G pairs, N blocks of W queries.
+Shapes: B batch, H heads, J heads of q or k, Q queries, S keys, K size of a head, D = H * K, E = J * K; R rows, a vector
+of K for each head of each token; P pairs of a text and a head, X groups of G pairs, N blocks of W queries.
 """
 
 import torch
@@ -125,9 +125,9 @@ def ModernBertQueryBlocks(q, k, v, key_bias, num_heads: int, scale: float):
 def plain(q, k, v, key_bias, num_heads: int, scale: float):
     """All scores at once. OpenVINO fuses this very pattern, and keeps it small by itself."""
     bias_BS = op.CastLike(op.Max(key_bias, op.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
-    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
-    q_BHQK = op.Transpose(q, perm=[0, 2, 1, 3]) * op.CastLike(op.Constant(value_float=scale), q)
-    scores_BHQS = op.MatMul(q_BHQK, op.Transpose(k, perm=[0, 2, 3, 1])) + op.Unsqueeze(bias_BS, [1, 2])
+    q_BHQK, k_BHSK = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
+    q_BHQK = q_BHQK * op.CastLike(op.Constant(value_float=scale), q)
+    scores_BHQS = op.MatMul(q_BHQK, op.Transpose(k_BHSK, perm=[0, 1, 3, 2])) + op.Unsqueeze(bias_BS, [1, 2])
     y_BHQK = op.MatMul(op.Softmax(scores_BHQS, axis=-1), op.Transpose(v, perm=[0, 2, 1, 3]))
     return op.Transpose(y_BHQK, perm=[0, 2, 1, 3])
 
@@ -138,8 +138,9 @@ def multi_head(q, k, v, key_bias, num_heads: int, scale: float):
     length = op.Shape(q, start=1, end=2)
     bias_BS = op.CastLike(op.Max(key_bias, op.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
     bias_B1QS = op.Expand(op.Unsqueeze(bias_BS, [1, 2]), op.Concat([1, 1], length, [1], axis=0))
-    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
-    q_BQD, k_BSD, v_BSD = op.Reshape(q, [0, 0, -1]), op.Reshape(k, [0, 0, -1]), op.Reshape(v, [0, 0, -1])
+    q_BQE, k_BSE, v_BSD = op.Reshape(q, [0, 0, -1]), op.Reshape(k, [0, 0, -1]), op.Reshape(v, [0, 0, -1])
+    width, k_width = op.Shape(v_BSD, start=2), op.Shape(k_BSE, start=2)
+    q_BQD, k_BSD = op.Slice(q_BQE, [0], width, [2], [1]), op.Slice(k_BSE, k_width - width, k_width, [2], [1])
     y_BQD = MICROSOFT.MultiHeadAttention(q_BQD, k_BSD, v_BSD, None, None, bias_B1QS, num_heads=num_heads, scale=scale)
     heads = op.Reshape(op.Constant(value_int=num_heads), [1])
     return op.Reshape(y_BQD, op.Concat([0, 0], heads, [-1], axis=0))
@@ -151,9 +152,7 @@ def native(q, k, v, key_bias, num_heads: int, scale: float):
     length = op23.Shape(q, start=1, end=2)
     bias_BS = op23.CastLike(op23.Max(key_bias, op23.CastLike(HIDDEN_KEY_HALF, key_bias)), q)
     bias_B1QS = op23.Expand(op23.Unsqueeze(bias_BS, [1, 2]), op23.Concat([1, 1], length, [1], axis=0))
-    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
-    q_BHQK = op23.Transpose(q, perm=[0, 2, 1, 3])
-    k_BHSK = op23.Transpose(k, perm=[0, 2, 1, 3])
+    q_BHQK, k_BHSK = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
     v_BHSK = op23.Transpose(v, perm=[0, 2, 1, 3])
     y_BHQK = op23.Attention(q_BHQK, k_BHSK, v_BHSK, bias_B1QS, scale=scale)
     return op23.Transpose(y_BHQK, perm=[0, 2, 1, 3])
@@ -164,7 +163,7 @@ GLOBAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.global_attention.default,
     node=_node,
     inputs=("q", "k", "v", "key_bias"),
-    attributes=("num_heads", "scale"),
+    attributes={"num_heads": int, "scale": float},
     bodies={
         "portable": ModernBertQueryBlocks,
         "openvino": plain,

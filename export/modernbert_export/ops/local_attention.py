@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modernbert_export.ops.band import ModernBertBand
 from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
-from modernbert_export.ops.heads import ModernBertQueriesAndKeys, queries_and_keys
+from modernbert_export.ops.heads import ModernBertQueriesAndKeys, like_values, queries_and_keys
 from modernbert_export.ops.op import HIDDEN_KEY, HIDDEN_KEY_HALF, OPSET, GraphOp
 
 
@@ -32,9 +32,7 @@ def local_attention(
     return y_BHSK.transpose(1, 2).contiguous()
 
 
-@local_attention.register_fake
-def _(q_BSJK: Tensor, k_BSJK: Tensor, v_BSHK: Tensor, key_bias_BS: Tensor, scale: float, radius: int) -> Tensor:
-    return torch.empty_like(v_BSHK, memory_format=torch.contiguous_format)
+local_attention.register_fake(like_values)
 
 
 def _node(q, k, v, key_bias, scale, radius):
@@ -63,7 +61,7 @@ def native_banded(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     Blocks of keys are cut and joined, not gathered, and what is added at the ends is hidden. Head count and block sizes
     are static, as the TensorRT parser wants them. A padded query sees at least its own block: no row is empty.
     """
-    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
+    q_BHSK, k_BHSK = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
     batch, length = op23.Split(op23.Shape(key_bias), num_outputs=2)
     heads = op23.Reshape(op23.Constant(value_int=num_heads), [1])
     size = op23.Shape(v, start=3)
@@ -75,8 +73,8 @@ def native_banded(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     k_pads = op23.Concat([0, 0], width, [0, 0, 0], rest + width, [0], axis=0)
     q_shape = op23.Concat(batch, heads, blocks, width, size, axis=0)
     k_shape = op23.Concat(batch, heads, blocks + 2, width, size, axis=0)
-    q_BHNWK = op23.Reshape(op23.Pad(op23.Transpose(q, perm=[0, 2, 1, 3]), q_pads), q_shape)
-    k_BHMWK = op23.Reshape(op23.Pad(op23.Transpose(k, perm=[0, 2, 1, 3]), k_pads), k_shape)
+    q_BHNWK = op23.Reshape(op23.Pad(q_BHSK, q_pads), q_shape)
+    k_BHMWK = op23.Reshape(op23.Pad(k_BHSK, k_pads), k_shape)
     v_BHMWK = op23.Reshape(op23.Pad(op23.Transpose(v, perm=[0, 2, 1, 3]), k_pads), k_shape)
     k_BHNLK = op23.Concat(
         op23.Slice(k_BHMWK, [0], blocks, [2]),
@@ -121,15 +119,13 @@ def native_banded(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
 @script(OPSET)
 def native_dense(q, k, v, key_bias, num_heads: int, scale: float, radius: int):
     """One native Attention with the window in its bias: S * S work, and the better bargain while S is short."""
-    q, k = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
+    q_BHSK, k_BHSK = ModernBertQueriesAndKeys(q, k, num_heads=num_heads)
     length = op23.Shape(key_bias, start=1)
     hidden = op23.CastLike(HIDDEN_KEY_HALF, key_bias)
     position_S = op23.Range(0, op23.Squeeze(length), 1)
     distance_SS = op23.Abs(position_S - op23.Unsqueeze(position_S, [1]))
     band_SS = op23.Where(distance_SS > radius, hidden, op23.CastLike(0.0, key_bias))
     bias_B1SS = op23.Min(op23.Unsqueeze(op23.Max(key_bias, hidden), [1, 2]), band_SS)
-    q_BHSK = op23.Transpose(q, perm=[0, 2, 1, 3])
-    k_BHSK = op23.Transpose(k, perm=[0, 2, 1, 3])
     v_BHSK = op23.Transpose(v, perm=[0, 2, 1, 3])
     y_BHSK = op23.Attention(q_BHSK, k_BHSK, v_BHSK, op23.CastLike(bias_B1SS, q), scale=scale)
     return op23.Transpose(y_BHSK, perm=[0, 2, 1, 3])
@@ -140,7 +136,7 @@ LOCAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.local_attention.default,
     node=_node,
     inputs=("q", "k", "v", "key_bias"),
-    attributes=("num_heads", "scale", "radius"),
+    attributes={"num_heads": int, "scale": float, "radius": int},
     bodies={
         "portable": ModernBertLocalAttention,
         "openvino": ModernBertLocalAttention,

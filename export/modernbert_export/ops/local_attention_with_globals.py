@@ -94,7 +94,7 @@ LOCAL_ATTENTION_WITH_GLOBALS = GraphOp(
     torch_op=torch.ops.modernbert.local_attention_with_globals.default,
     node=_node,
     inputs=("q", "plain_q", "k", "v", "global_k", "global_v", "key_bias"),
-    attributes=("num_heads", "scale", "radius"),
+    attributes={"num_heads": int, "scale": float, "radius": int},
     bodies=dict.fromkeys(PADDED_TARGETS, ModernBertLocalAttentionWithGlobals),
     float_inputs=("key_bias",),
 )

@@ -7,7 +7,7 @@ the domain when they look a name up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import onnx
@@ -34,14 +34,14 @@ class GraphOp:
     `torch_op` is what the trace calls and what computes the reference; `node` makes the ONNX node of such a call, whose
     `inputs` and `attributes` are named here; `bodies` defines the node for each target whose graphs have it. Inputs
     named in `float_inputs` have a type of their own and may stay fp32 where the others are fp16; those in
-    `integer_inputs` are int64. An attribute is an integer, but for `scale`.
+    `integer_inputs` are int64. Attributes have their type, int or float, beside their name.
     """
 
     name: str
     torch_op: torch._ops.OpOverload
     node: Callable[..., Any]
     inputs: tuple[str, ...]
-    attributes: tuple[str, ...] = ()
+    attributes: Mapping[str, type] = field(default_factory=dict)
     bodies: Mapping[Target, onnxscript.OnnxFunction]
     float_inputs: tuple[str, ...] = ()
     integer_inputs: tuple[str, ...] = ()
@@ -61,7 +61,8 @@ class GraphOp:
         """Makes the node known to onnx, so that the tracer may emit it before it has a body. Safe to repeat."""
         if onnx.defs.has(self.name, OPSET.domain):
             return
-        formal, kind = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.AttrType
+        formal, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+        attribute_kinds = {int: onnx.defs.OpSchema.AttrType.INT, float: onnx.defs.OpSchema.AttrType.FLOAT}
         kinds = dict.fromkeys(self.float_inputs, "F") | dict.fromkeys(self.integer_inputs, "tensor(int64)")
         floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
         onnx.defs.register_schema(
@@ -72,9 +73,6 @@ class GraphOp:
                 inputs=[formal(name, kinds.get(name, "T")) for name in self.inputs],
                 outputs=[formal("y", "T")],
                 type_constraints=[("T", floats, ""), *([("F", floats, "")] if self.float_inputs else [])],
-                attributes=[
-                    onnx.defs.OpSchema.Attribute(name, kind.FLOAT if name == "scale" else kind.INT)
-                    for name in self.attributes
-                ],
+                attributes=[attribute(name, attribute_kinds[kind]) for name, kind in self.attributes.items()],
             )
         )

@@ -18,6 +18,7 @@ from onnxscript import opset20 as op
 from onnxscript import script
 from torch import Tensor
 
+from modernbert_export.ops.heads import like_values
 from modernbert_export.ops.op import MICROSOFT, OPSET, GraphOp
 from modernbert_export.ops.packed_local_attention import ModernBertPackedLocalAttention, attend_where
 
@@ -40,17 +41,7 @@ def packed_global_attention(
     return attend_where(q_1TJK, k_1TJK, v_1THK, scale, document_T[:, None] == document_T)
 
 
-@packed_global_attention.register_fake
-def _(
-    q_1TJK: Tensor,
-    k_1TJK: Tensor,
-    v_1THK: Tensor,
-    document_T: Tensor,
-    cu_seqlens_C: Tensor,
-    scale: float,
-    radius: int,
-) -> Tensor:
-    return torch.empty_like(v_1THK, memory_format=torch.contiguous_format)
+packed_global_attention.register_fake(like_values)
 
 
 def _node(q, k, v, document, cu_seqlens, scale, radius):
@@ -103,7 +94,7 @@ PACKED_GLOBAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.packed_global_attention.default,
     node=_node,
     inputs=("q", "k", "v", "document", "cu_seqlens"),
-    attributes=("num_heads", "scale", "radius"),
+    attributes={"num_heads": int, "scale": float, "radius": int},
     bodies={"packed": ModernBertPackedGlobalAttention},
     integer_inputs=("document", "cu_seqlens"),
 )

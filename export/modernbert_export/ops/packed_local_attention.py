@@ -16,7 +16,7 @@ from onnxscript import script
 from torch import Tensor
 
 from modernbert_export.ops.blocks import ModernBertBlocks, ModernBertJoined
-from modernbert_export.ops.heads import queries_and_keys
+from modernbert_export.ops.heads import like_values, queries_and_keys
 from modernbert_export.ops.op import HIDDEN_KEY, OPSET, GraphOp
 
 # Blocks are never narrower: smaller matrix products cost more per element than they save.
@@ -49,17 +49,7 @@ def attend_where(q_1TJK: Tensor, k_1TJK: Tensor, v_1THK: Tensor, scale: float, s
     return (scores_1HTT.softmax(-1) @ v_1HTK).transpose(1, 2).contiguous()
 
 
-@packed_local_attention.register_fake
-def _(
-    q_1TJK: Tensor,
-    k_1TJK: Tensor,
-    v_1THK: Tensor,
-    document_T: Tensor,
-    cu_seqlens_C: Tensor,
-    scale: float,
-    radius: int,
-) -> Tensor:
-    return torch.empty_like(v_1THK, memory_format=torch.contiguous_format)
+packed_local_attention.register_fake(like_values)
 
 
 def _node(q, k, v, document, cu_seqlens, scale, radius):
@@ -113,7 +103,7 @@ PACKED_LOCAL_ATTENTION = GraphOp(
     torch_op=torch.ops.modernbert.packed_local_attention.default,
     node=_node,
     inputs=("q", "k", "v", "document", "cu_seqlens"),
-    attributes=("num_heads", "scale", "radius"),
+    attributes={"num_heads": int, "scale": float, "radius": int},
     bodies={"packed": ModernBertPackedLocalAttention},
     integer_inputs=("document", "cu_seqlens"),
 )
